@@ -1,0 +1,47 @@
+# Everything runs inside .venv, which the first call makes and later calls reuse.
+PYTHON ?= python3
+BIN := .venv/bin
+# uv installs the same wheels several times faster than pip; pip is the way out where uv cannot run.
+INSTALL = $(BIN)/python -m uv pip install --quiet --python $(BIN)/python $(1) || $(BIN)/python -m pip install --quiet $(1)
+
+.PHONY: help demo test lint types tests notebooks clean
+
+help:
+	@echo "make demo    install, then train a small network on real digits, plain and slim, and compare them"
+	@echo "make test    install, lint, type-check and test"
+	@echo "make lint | types | tests    one part of 'make test'"
+	@echo "make clean   remove .venv and everything that runs wrote"
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "slimconv_lit needs Python 3.11 or newer; '$(PYTHON)' is older. Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@echo "making .venv"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet uv || echo "uv is not to be had; going on with pip"
+
+.venv/installed: .venv/bin/python requirements.txt pyproject.toml
+	@echo "installing requirements.txt (several GB, once)"
+	@$(call INSTALL,-e .)
+	@touch $@
+
+.venv/installed-dev: .venv/installed
+	@echo "installing the development tools"
+	@$(call INSTALL,-e ".[dev]")
+	@touch $@
+
+demo: .venv/installed
+	@$(BIN)/python -m slimconv_lit compare --config quickstart.yaml
+
+test: lint types tests
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+
+types: .venv/installed-dev
+	$(BIN)/mypy
+
+tests: .venv/installed-dev
+	$(BIN)/python -m pytest -n 2
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,45 @@
+"""slimconv_lit: reduce channel redundancy in convolutional networks.
+
+The names below are loaded when they are first used, so that `python -m slimconv_lit --help` need not import torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from slimconv_lit.backbones import create_backbone as create_backbone
+    from slimconv_lit.data import CIFAR100DataModule as CIFAR100DataModule
+    from slimconv_lit.data import DigitsDataModule as DigitsDataModule
+    from slimconv_lit.data import ImageNetDataModule as ImageNetDataModule
+    from slimconv_lit.ops import SlimConv2d as SlimConv2d
+    from slimconv_lit.surgery import Report as Report
+    from slimconv_lit.surgery import slimify as slimify
+    from slimconv_lit.surgery import substitute as substitute
+    from slimconv_lit.tasks import ClassificationTask as ClassificationTask
+
+_HOMES = {
+    "CIFAR100DataModule": "data",
+    "ClassificationTask": "tasks",
+    "DigitsDataModule": "data",
+    "ImageNetDataModule": "data",
+    "Report": "surgery",
+    "SlimConv2d": "ops",
+    "create_backbone": "backbones",
+    "slimify": "surgery",
+    "substitute": "surgery",
+}
+
+__version__ = "0.1.0"
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'slimconv_lit' has no attribute {name!r}; it has {', '.join(_HOMES)}")
+    value = getattr(importlib.import_module(f"slimconv_lit.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,273 @@
+"""What all datamodules share: loaders whose order and augmentation depend on the seed alone, and pictures to predict.
+
+In training, the sampler deals a random seed with every image. So what an image looks like in an epoch depends on the
+datamodule's seed, the epoch and the image, and neither on the number of workers nor on where a run was interrupted.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from PIL import Image, ImageOps
+from sklearn.model_selection import train_test_split
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+Split: TypeAlias = Literal["train", "val", "test"]
+Key: TypeAlias = int | tuple[int, int]
+"""An index, or an index and the random seed that was dealt with it."""
+
+
+class Source(Protocol):
+    """Anything with a length and items that are tuples: (image, target) or (image, name)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> tuple[Any, ...]: ...
+
+
+class EpochSampler(Sampler[Key]):
+    """Every image once in an order drawn from (seed, epoch), each with a random seed of its own.
+
+    Lightning calls `set_epoch` before each epoch, after a resume too.
+
+    Args:
+        length: The number of images.
+        seed: Not negative.
+    """
+
+    def __init__(self, length: int, seed: int) -> None:
+        self.length, self.seed, self.epoch = length, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the order of that epoch, counted from 0."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[Key]:
+        rng = np.random.default_rng((self.seed, self.epoch))
+        order = rng.permutation(self.length).tolist()
+        return zip(order, rng.integers(2**32, size=self.length).tolist(), strict=True)
+
+
+class Transformed(Dataset[tuple[Any, ...]]):
+    """A source behind a `torchvision.transforms.v2` transform, which is handed image and target together.
+
+    Only torch's own generator follows the dealt seed; all transforms of torchvision draw from it.
+
+    Args:
+        source: Images and targets as they are stored.
+        transform: Called as `transform(image, target)`.
+    """
+
+    def __init__(self, source: Source, transform: Callable[..., tuple[Any, ...]]) -> None:
+        self.source, self.transform = source, transform
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: Key) -> tuple[Any, ...]:
+        if not isinstance(key, tuple):
+            return self.transform(*self.source[key])
+        index, seed = key
+        # `torch.manual_seed` would reseed the GPU, and with it the dropout of the network, at every image.
+        generator = torch.default_generator
+        state = generator.get_state()
+        try:
+            generator.manual_seed(seed)
+            return self.transform(*self.source[index])
+        finally:
+            generator.set_state(state)
+
+
+class Named(Dataset[tuple[Any, str]]):
+    """The images of a dataset with names ("test/00012") in the place of targets."""
+
+    def __init__(self, dataset: Dataset[tuple[Any, ...]], prefix: str) -> None:
+        self.dataset, self.prefix = dataset, prefix
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> tuple[Any, str]:
+        return self.dataset[index][0], f"{self.prefix}/{index:05d}"
+
+
+class FolderImages:
+    """(PIL image, path relative to `folder`) of every image below `folder`, sorted by path; hidden files are left out.
+
+    Args:
+        folder: Where to look, subfolders too.
+        mode: PIL's colour mode that all images are converted to: "RGB" or "L".
+
+    Raises:
+        FileNotFoundError: If there is no such folder or no image in it; the message lists the accepted suffixes.
+    """
+
+    def __init__(self, folder: str | Path, mode: str) -> None:
+        self.folder, self.mode = Path(folder), mode
+        files = (p.relative_to(folder) for p in self.folder.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
+        self.names = sorted(p.as_posix() for p in files if not p.name.startswith("."))
+        if not self.names:
+            problem = "has no image" if self.folder.is_dir() else "is not a folder"
+            raise FileNotFoundError(f"predict_dir={str(folder)!r} {problem}; accepted: {', '.join(IMG_EXTENSIONS)}")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, str]:
+        with Image.open(self.folder / self.names[index]) as image:
+            # A phone stores upright photos lying, with a note how to turn them.
+            return ImageOps.exif_transpose(image).convert(self.mode), self.names[index]
+
+
+def hold_out(targets: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Indices (kept, held out), both sorted; every class loses the same fraction of its images.
+
+    Raises:
+        ValueError: If `fraction` is not between 0 and 1 or leaves a side with fewer images than classes.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"the held-out fraction must lie between 0 and 1, not {fraction}")
+    kept, held = train_test_split(range(len(targets)), test_size=fraction, random_state=seed, stratify=targets)
+    return sorted(kept), sorted(held)
+
+
+def cpu_count() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class BaseDataModule(pl.LightningDataModule):
+    """Base of all datamodules. A subclass sets the attributes, `make_dataset` and, where needed, `prepare_data`.
+
+    Batches of train, val and test are (images, targets): float32 (B, C, H, W), normalised, and int64 (B,). Batches of
+    predict are (images, names), names a list of text. A subclass keeps its arguments with
+    `save_hyperparameters(logger=False)`: then `load_from_checkpoint` rebuilds it from a checkpoint alone.
+
+    Training drops its last batch when that would be a single image (on each device): BatchNorm has no variance to
+    estimate on a 1x1 map of one image. Because the order changes with the epoch, no image is left out for good.
+
+    Args:
+        root: Folder that the data set lies in.
+        batch_size: Images per training step on each device.
+        eval_batch_size: Images per step elsewhere; None means `batch_size`.
+        num_workers: Processes that load images; None means one per CPU core, at most `max_workers`.
+        seed: Of the training order and the augmentation; not negative.
+        sample: Read a small data set in the same layout, built below `root` from embedded images, not the real one.
+        predict_dir: Predict all images below this folder; None predicts the test images.
+        pin_memory: Load into page-locked memory; None does so where CUDA is available.
+
+    Attributes:
+        num_classes: Known right after construction, like all below, with no data on disk.
+        class_names: Names in the order of the labels.
+        input_size: (C, H, W) of an image as the network is tested on it.
+        mean: Per channel, taken off the pixels (0 to 1) of an image; `images * std + mean` gives them back.
+        std: Per channel, what they are then divided by.
+        eval_transform: From a PIL image of any size to what the network is tested on.
+        collate: How a list of items becomes a batch.
+        max_workers: See `num_workers`.
+    """
+
+    num_classes: int
+    class_names: tuple[str, ...]
+    input_size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    eval_transform: Callable[..., tuple[Any, ...]]
+    collate: Callable[[list[Any]], Any] = staticmethod(default_collate)
+    max_workers: ClassVar[int] = 4
+
+    def __init__(
+        self,
+        root: str = "data",
+        batch_size: int = 128,
+        eval_batch_size: int | None = None,
+        num_workers: int | None = None,
+        seed: int = 0,
+        sample: bool = False,
+        predict_dir: str | None = None,
+        pin_memory: bool | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0)):
+            if value < least:
+                raise ValueError(f"{name}={value} must be at least {least}")
+        self.root = Path(root)
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size or batch_size
+        self.num_workers = min(cpu_count(), self.max_workers) if num_workers is None else num_workers
+        self.seed = seed
+        self.sample = sample
+        self.predict_dir = predict_dir
+        self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
+        self._datasets: dict[Split, Dataset[tuple[Any, ...]]] = {}
+
+    def make_dataset(self, split: Split) -> Dataset[tuple[Any, ...]]:
+        """The (image, target) pairs of a split, transformed; `train` also takes the keys of an `EpochSampler`.
+
+        Raises:
+            FileNotFoundError: If the data are not there; the message names what was looked for and the ways out.
+        """
+        raise NotImplementedError
+
+    def dataset(self, split: Split) -> Dataset[tuple[Any, ...]]:
+        """`make_dataset`, called once for each split."""
+        if split not in self._datasets:
+            self._datasets[split] = self.make_dataset(split)
+        return self._datasets[split]
+
+    def predict_dataset(self) -> Dataset[tuple[Any, ...]]:
+        """The (image, name) pairs to predict: the images below `predict_dir`, or the test images."""
+        if self.predict_dir is None:
+            return Named(self.dataset("test"), "test")
+        return Transformed(
+            FolderImages(self.predict_dir, "L" if self.input_size[0] == 1 else "RGB"), self.eval_transform
+        )
+
+    def setup(self, stage: str) -> None:
+        """Reads what a stage needs, so that missing data stop a run at its start."""
+        splits: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
+        for split in splits.get(stage, ()):
+            self.dataset(split)
+        if stage == "predict":
+            self.predict_dataset()
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Shuffled and augmented (images, targets)."""
+        length = len(self.dataset("train"))  # type: ignore[arg-type]
+        # Lightning shares the order out among the devices, filled up to the same number for each.
+        per_device = math.ceil(length / (self.trainer.world_size if self.trainer else 1))
+        drop_last = per_device > self.batch_size and per_device % self.batch_size == 1
+        sampler = EpochSampler(length, self.seed)
+        return self._loader(self.dataset("train"), self.batch_size, sampler=sampler, drop_last=drop_last)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """(images, targets) in their stored order."""
+        return self._loader(self.dataset("val"), self.eval_batch_size)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """(images, targets) in their stored order."""
+        return self._loader(self.dataset("test"), self.eval_batch_size)
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """(images, names) in the order of the names."""
+        return self._loader(self.predict_dataset(), self.eval_batch_size)
+
+    def _loader(self, dataset: Dataset[Any], batch_size: int, **own: Any) -> DataLoader[Any]:
+        return DataLoader(
+            dataset,
+            batch_size=batch_size,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=self.pin_memory,
+            collate_fn=self.collate,
+            **own,
+        )

@@ -1,0 +1,126 @@
+"""CIFAR-100: 50,000 training and 10,000 test images of 32x32 pixels in 100 classes.
+
+A. Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009, https://www.cs.toronto.edu/~kriz/cifar.html
+"""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch.utils.data import Dataset, Subset
+from torchvision.datasets import CIFAR100
+
+from slimconv_lit.data import samples
+from slimconv_lit.data.base import BaseDataModule, Split, Transformed, hold_out
+from slimconv_lit.data.transforms import CIFAR100_STATS, cifar100_train, resize_and_crop
+
+_NAMES = """
+apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
+caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant
+flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree
+motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate
+poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider
+squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle
+wardrobe whale willow_tree wolf woman worm
+"""
+CLASS_NAMES = tuple(_NAMES.split())
+
+
+class SampleCIFAR100(CIFAR100):
+    """torchvision's reader, on the files of the sample: the same names, without the official files' checksums."""
+
+    train_list: ClassVar = [[name, None] for name, _ in CIFAR100.train_list]
+    test_list: ClassVar = [[name, None] for name, _ in CIFAR100.test_list]
+    meta: ClassVar = {**CIFAR100.meta, "md5": None}
+
+
+class CIFAR100DataModule(BaseDataModule):
+    """CIFAR-100 below `root`/cifar-100-python, with the fine labels.
+
+    By default a tenth of the training images is held out to validate on, and the test images only test. The reference
+    recipe trains on all of them and takes the best checkpoint on test: `val_on_test=True`, an optimistic figure.
+
+    With `sample=True` the classes are the numbers 00 to 99, each written with two real handwritten digits.
+
+    Args:
+        root: Folder that holds cifar-100-python.
+        batch_size: Images per training step on each device.
+        eval_batch_size: Images per step elsewhere; None means `batch_size`.
+        num_workers: Processes that load images; None means one per CPU core, at most 4.
+        seed: Of the training order and the augmentation.
+        split_seed: Of the held-out images; apart from `seed`, so that seeds are compared on the same images.
+        val_fraction: Part of each class's training images that is held out.
+        val_on_test: Train on all training images and validate on the test images; `val_fraction` is then unused.
+        trivial_augment: Add TrivialAugmentWide to the training recipe.
+        download: Fetch the data set (169 MB) into `root` where it is missing.
+        sample: Read a small data set in the same layout (3,000 and 1,000 images), built below `root`.
+        predict_dir: Predict all images below this folder, resized to 32x32; None predicts the test images.
+        pin_memory: Load into page-locked memory; None does so where CUDA is available.
+    """
+
+    def __init__(
+        self,
+        root: str = "data",
+        batch_size: int = 128,
+        eval_batch_size: int | None = None,
+        num_workers: int | None = None,
+        seed: int = 0,
+        split_seed: int = 0,
+        val_fraction: float = 0.1,
+        val_on_test: bool = False,
+        trivial_augment: bool = False,
+        download: bool = False,
+        sample: bool = False,
+        predict_dir: str | None = None,
+        pin_memory: bool | None = None,
+    ) -> None:
+        super().__init__(root, batch_size, eval_batch_size, num_workers, seed, sample, predict_dir, pin_memory)
+        self.save_hyperparameters(logger=False)
+        self.split_seed = split_seed
+        self.val_fraction = val_fraction
+        self.val_on_test = val_on_test
+        self.trivial_augment = trivial_augment
+        self.download = download
+        self.num_classes = 100
+        self.class_names = samples.NUMBERS if sample else CLASS_NAMES
+        self.input_size = (3, 32, 32)
+        self.mean, self.std = CIFAR100_STATS
+        self.eval_transform = resize_and_crop(32, 32, CIFAR100_STATS)
+
+    def prepare_data(self) -> None:
+        """Downloads, where asked to, or builds the sample; either only where it is missing."""
+        if self.sample:
+            samples.build_once(self.root, "cifar100", samples.write_cifar100)
+        elif self.download:
+            CIFAR100(self.root, download=True)
+
+    def make_dataset(self, split: Split) -> Dataset[tuple[Any, ...]]:
+        """The images of a split.
+
+        Raises:
+            FileNotFoundError: If the data are not below `root`.
+            RuntimeError: If they are there but are not the official files.
+        """
+        data = self._read(train=split == "train" or (split == "val" and not self.val_on_test))
+        transform = cifar100_train(self.trivial_augment) if split == "train" else self.eval_transform
+        if split == "test" or self.val_on_test:
+            return Transformed(data, transform)
+        kept, held = hold_out(data.targets, self.val_fraction, self.split_seed)
+        return Transformed(Subset(data, kept if split == "train" else held), transform)
+
+    def _read(self, train: bool) -> CIFAR100:
+        if self.sample:
+            return SampleCIFAR100(samples.build_once(self.root, "cifar100", samples.write_cifar100), train)
+        path = Path(self.root, CIFAR100.base_folder, "train" if train else "test")
+        try:
+            return CIFAR100(self.root, train)
+        except RuntimeError as error:
+            if path.exists():
+                raise RuntimeError(
+                    f"{path.parent} holds incomplete or changed files: train, test and meta must all be official. "
+                    "Remove the folder, then fetch it with --data.download=true"
+                ) from error
+            raise FileNotFoundError(
+                f"no CIFAR-100 in root={str(self.root)!r}: {path} does not exist. Fetch it (or unpack a "
+                f"{CIFAR100.filename} that lies in root) with --data.download=true, name the folder that holds "
+                f"{CIFAR100.base_folder} with --data.root, or try a small sample with --data.sample=true"
+            ) from None

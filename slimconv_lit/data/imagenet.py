@@ -1,0 +1,184 @@
+"""ImageNet (ILSVRC 2012), and any tree of folders that is laid out like it.
+
+O. Russakovsky et al., "ImageNet Large Scale Visual Recognition Challenge", IJCV 2015, https://www.image-net.org
+"""
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch.utils.data import Dataset, Subset
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import find_classes
+from torchvision.datasets.imagenet import (
+    ARCHIVE_META,
+    META_FILE,
+    parse_devkit_archive,
+    parse_train_archive,
+    parse_val_archive,
+)
+from torchvision.models import ResNet18_Weights
+
+from slimconv_lit.data import samples
+from slimconv_lit.data.base import BaseDataModule, Split, Transformed, hold_out
+from slimconv_lit.data.transforms import IMAGENET_STATS, imagenet_eval, imagenet_train
+
+
+class ImageNetDataModule(BaseDataModule):
+    """Images in `root`/train/CLASS/*.JPEG and `root`/val/CLASS/*.JPEG, of 1,000 or any number of classes.
+
+    `root` may instead hold the official archives ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and
+    ILSVRC2012_devkit_t12.tar.gz, which are unpacked there once. `validation` is accepted for `val`. Where there is no
+    `test` folder with class folders, the validation images also test, as is usual for ImageNet; to choose a checkpoint
+    on other images than it is reported on, hold some out of train with `val_fraction`.
+
+    Training takes a random part of the image at `image_size`; testing resizes the shorter side to `eval_size / 0.875`
+    pixels (bilinear, antialiased) and crops `eval_size` from the centre: 256 and 224, or 293 and 256 for the paper's
+    "@256", of which the paper says no more than the network's input size.
+
+    Args:
+        root: Folder that holds train and val, or the archives.
+        batch_size: Images per training step on each device.
+        eval_batch_size: Images per step elsewhere; None means `batch_size`.
+        num_workers: Processes that load images; None means one per CPU core, at most 16.
+        seed: Of the training order and the augmentation.
+        split_seed: Of the held-out images; apart from `seed`, so that seeds are compared on the same images.
+        val_fraction: Part of each class's training images to validate on, in the place of the val folder; 0 is none.
+        num_classes: None counts the folders in `root`/train; without that folder it means 1000.
+        image_size: Height and width of training images in pixels.
+        eval_size: Height and width of all other images; None means `image_size`.
+        trivial_augment: Add TrivialAugmentWide to the training recipe.
+        sample: Read a small data set of ten classes in the same layout (400 and 100 images), built below `root`.
+        predict_dir: Predict all images below this folder; None predicts the test images.
+        pin_memory: Load into page-locked memory; None does so where CUDA is available.
+
+    Raises:
+        ValueError: If `num_classes` is not the number of class folders.
+    """
+
+    max_workers: ClassVar[int] = 16
+
+    def __init__(
+        self,
+        root: str = "data/imagenet",
+        batch_size: int = 256,
+        eval_batch_size: int | None = None,
+        num_workers: int | None = None,
+        seed: int = 0,
+        split_seed: int = 0,
+        val_fraction: float = 0.0,
+        num_classes: int | None = None,
+        image_size: int = 224,
+        eval_size: int | None = None,
+        trivial_augment: bool = False,
+        sample: bool = False,
+        predict_dir: str | None = None,
+        pin_memory: bool | None = None,
+    ) -> None:
+        super().__init__(root, batch_size, eval_batch_size, num_workers, seed, sample, predict_dir, pin_memory)
+        self.save_hyperparameters(logger=False)
+        self.split_seed = split_seed
+        self.val_fraction = val_fraction
+        self.image_size = image_size
+        self.trivial_augment = trivial_augment
+        self.class_names = self._class_names(num_classes)
+        self.num_classes = len(self.class_names)
+        # A checkpoint has to know it where the images are not.
+        self.hparams["num_classes"] = self.num_classes
+        size = eval_size or image_size
+        self.input_size = (3, size, size)
+        self.mean, self.std = IMAGENET_STATS
+        self.eval_transform = imagenet_eval(size)
+
+    def _class_names(self, num_classes: int | None) -> tuple[str, ...]:
+        official = tuple(ResNet18_Weights.IMAGENET1K_V1.meta["categories"])
+        train = self.root / "train"
+        if self.sample:
+            found = samples.DIGITS
+        elif train.is_dir():
+            found = tuple(find_classes(train)[0])
+        elif num_classes in (None, len(official)):
+            return official
+        else:
+            return tuple(f"class {number}" for number in range(num_classes or 0))
+        if num_classes not in (None, len(found)):
+            raise ValueError(
+                f"num_classes={num_classes}, but {'the sample' if self.sample else train} has {len(found)} classes; "
+                f"leave num_classes out or set it to {len(found)}"
+            )
+        wnids = len(found) == len(official) and all(re.fullmatch(r"n\d{8}", name) for name in found)
+        return official if wnids else found
+
+    def state_dict(self) -> dict[str, Any]:
+        """The class names, so that a checkpoint can name its predictions where the images are not."""
+        return {"class_names": list(self.class_names)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the class names over where no folders tell them."""
+        if (
+            not self.sample
+            and not (self.root / "train").is_dir()
+            and len(state_dict["class_names"]) == self.num_classes
+        ):
+            self.class_names = tuple(state_dict["class_names"])
+
+    def prepare_data(self) -> None:
+        """Unpacks the archives that lie in `root`, or builds the sample; either only where it is missing."""
+        if self.sample:
+            samples.build_once(self.root, "imagenet", samples.write_imagenet)
+            return
+        for split, parse in (("train", parse_train_archive), ("val", parse_val_archive)):
+            if self._folder(self.root, split) is None and (self.root / ARCHIVE_META[split][0]).is_file():
+                if split == "val" and not (self.root / META_FILE).is_file():
+                    parse_devkit_archive(self.root)
+                # Renamed when complete: unpacking takes long enough to be interrupted.
+                partial = self.root / f"{split}.unpacking"
+                shutil.rmtree(partial, ignore_errors=True)
+                parse(self.root, folder=partial.name)
+                partial.rename(self.root / split)
+
+    def make_dataset(self, split: Split) -> Dataset[tuple[Any, ...]]:
+        """The images of a split.
+
+        Raises:
+            FileNotFoundError: If its folder is not below `root`.
+            ValueError: If its class folders are not those of train.
+        """
+        root = samples.build_once(self.root, "imagenet", samples.write_imagenet) if self.sample else self.root
+        transform = imagenet_train(self.image_size, self.trivial_augment) if split == "train" else self.eval_transform
+        held_out = self.val_fraction > 0 and split != "test"
+        if split == "test" and self._folder(root, "test") is None:
+            data = self._read(root, "val")
+        else:
+            data = self._read(root, "train" if held_out else split)
+        if not held_out:
+            return Transformed(data, transform)
+        kept, held = hold_out(data.targets, self.val_fraction, self.split_seed)
+        return Transformed(Subset(data, kept if split == "train" else held), transform)
+
+    @staticmethod
+    def _folder(root: Path, split: str) -> Path | None:
+        """Where a split lies. The official test images have no class folders, so they do not count."""
+        folders = (root / name for name in ((split, "validation") if split == "val" else (split,)))
+        return next((f for f in folders if f.is_dir() and any(entry.is_dir() for entry in f.iterdir())), None)
+
+    def _read(self, root: Path, split: str) -> ImageFolder:
+        folder = self._folder(root, split)
+        if folder is None:
+            archive = f" nor {root / ARCHIVE_META[split][0]}" if split in ARCHIVE_META else ""
+            hold = ", hold validation images out of train with --data.val_fraction=0.1" if split == "val" else ""
+            raise FileNotFoundError(
+                f"no {split} images in root={str(root)!r}: there is neither {root / split} with a folder for each class"
+                f"{archive}. Name the folder that holds them with --data.root{hold}, or try a small sample with "
+                "--data.sample=true. ImageNet itself is to be had, with an account, at https://www.image-net.org"
+            )
+        data = ImageFolder(folder)
+        train = self._folder(root, "train")
+        if train is not None and (differing := sorted(set(data.classes) ^ set(find_classes(train)[0]))):
+            raise ValueError(
+                f"{folder} and {train} must have the same class folders; only one has {', '.join(differing[:5])}"
+            )
+        if len(data.classes) != self.num_classes:
+            raise ValueError(f"num_classes={self.num_classes}, but {folder} has {len(data.classes)} class folders")
+        return data

@@ -1,0 +1,388 @@
+"""Substitution: an operator in a spatial convolution's place, and its readers narrowed to what it writes.
+
+Planned on the channel graph, tried on a copy on the meta device, and only then done, in one step that is taken back
+whole if anything fails.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_iter, tree_map
+
+from slimconv_lit.ops import Operator, OperatorFactory, OperatorLike, SlimConv2d, resolve_operator
+from slimconv_lit.ops.base import closest, pair, same_padding
+from slimconv_lit.surgery.graph import ChannelGraph, NotPrivateError, Private
+from slimconv_lit.surgery.resize import Edits, ResizeError, Role, check_resize, host_forward, without_norm
+from slimconv_lit.surgery.trace import Inputs, example_inputs, shadow_of, trace
+from slimconv_lit.tables import format_table
+
+Patterns: TypeAlias = str | Sequence[str] | None
+
+# Wide, and a multiple of every group count and fold count in use.
+PROBE_WIDTH = 2 * 32 * 5040
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one spatial convolution.
+
+    Attributes:
+        layer: Its name in the network.
+        was: What stood there, as "Conv2d 64->64 3x3".
+        now: What stands there now; empty where it was left alone.
+        why: Why it was left alone, or which readers were narrowed.
+    """
+
+    layer: str
+    was: str
+    now: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `substitute` did; prints as a table with one row for every spatial convolution.
+
+    Attributes:
+        model: The network that was rewritten, in place.
+        rows: One for each spatial convolution, in the order in which they run.
+    """
+
+    model: nn.Module = field(repr=False)
+    rows: tuple[Row, ...]
+
+    @property
+    def replaced(self) -> list[str]:
+        """Names of the convolutions that an operator replaced."""
+        return [row.layer for row in self.rows if row.now]
+
+    @property
+    def left(self) -> dict[str, str]:
+        """Names of the convolutions that were left alone, and why."""
+        return {row.layer: row.why for row in self.rows if not row.now}
+
+    def __str__(self) -> str:
+        head = f"{len(self.replaced)} of {len(self.rows)} spatial convolutions replaced"
+        if not self.rows:
+            return head
+        rows = [{"layer": r.layer, "was": r.was, "now": r.now or "-", "why": r.why} for r in self.rows]
+        return f"{format_table(rows)}\n{head}"
+
+
+@dataclass(frozen=True)
+class _Change:
+    """One substitution, decided but not done."""
+
+    layer: str
+    build: Callable[[], Operator]
+    absorbed: str | None
+    follow: Private
+
+
+class _LeaveError(Exception):
+    """Leave this convolution as it is; the message says why."""
+
+
+def slimify(
+    model: nn.Module,
+    k: float | str = 4 / 3,
+    *,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    min_channels: int = 32,
+    example_input: Any = None,
+    **slim_conv: Any,
+) -> Report:
+    """Puts SlimConv into every private spatial convolution of `model`, in place.
+
+    Args:
+        model: Any network: torchvision's, timm's or your own.
+        k: Compression; see `SlimConv2d`.
+        include: As in `substitute`.
+        exclude: As in `substitute`.
+        min_channels: As in `substitute`.
+        example_input: As in `substitute`.
+        **slim_conv: More arguments of `SlimConv2d`, such as arrangement="none" or min_hidden=24.
+
+    Returns:
+        The report; `report.model` is `model`.
+
+    Raises:
+        ValueError: As `substitute`.
+    """
+    operator = functools.partial(SlimConv2d, k=k, **slim_conv)
+    return substitute(model, operator, include, exclude, min_channels=min_channels, example_input=example_input)
+
+
+def substitute(
+    model: nn.Module,
+    operator: OperatorLike,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    *,
+    min_channels: int = 32,
+    example_input: Any = None,
+) -> Report:
+    """Puts `operator` in the place of spatial convolutions (and of the norms behind them), in place.
+
+    An operator that writes fewer channels than its host did (SlimConv) only takes the place of a private convolution,
+    one that only convolutions and linear layers read, through norms, activations, pooling and dropout; these readers,
+    and the gates of squeeze-excite blocks on the way, are narrowed. A reader of a slimmed space stays plain, because
+    it is what restores the width. Convolutions that cannot be replaced are left as they are, each with its reason.
+
+    Stride, dilation, groups, padding, device, dtype, memory format and train mode carry over, and every weight that
+    need not change is kept. A narrowed reader keeps the leading part of its weights; a norm that was narrowed starts
+    anew. If anything fails, `model` is exactly as it was.
+
+    Args:
+        model: Any network. Optimizers must be made after the substitution: there are new parameters.
+        operator: An operator class, a `functools.partial` of one, its name, or {"class_path", "init_args"}.
+        include: Name patterns (`fnmatch`: "layer[34].*", "*.conv2"); only convolutions that match one are replaced.
+        exclude: Name patterns of convolutions to leave alone.
+        min_channels: Convolutions that read fewer channels are left alone (stems, as a rule).
+        example_input: A tensor, a tuple of positional or a dict of keyword arguments of the forward pass; only shapes
+            and dtypes matter. By default images of common sizes are tried.
+
+    Returns:
+        The report; it prints as a table.
+
+    Raises:
+        ValueError: If `operator` names no operator or its arguments can fit no convolution (k=1.5), or an `include`
+            pattern matches no spatial convolution.
+    """
+    factory = resolve_operator(operator)
+    with torch.device("meta"):
+        # Arguments that fail here fail everywhere; better one error than a report in which all rows say the same.
+        factory(PROBE_WIDTH, PROBE_WIDTH, 3, 1, 1, 1, None)
+    convs = {name: m for name, m in model.named_modules() if _is_spatial(m)}
+    inside = [name for name, m in model.named_modules() if isinstance(m, Operator)]
+    convs = {n: m for n, m in convs.items() if not any(n.startswith(f"{i}.") for i in inside)}
+    for pattern in _patterns(include):
+        if convs and not any(fnmatchcase(name, pattern) for name in convs):
+            raise ValueError(f"include={pattern!r} matches no spatial convolution; {closest(pattern, convs)}")
+
+    try:
+        graph, inputs = _trace(model, example_input)
+    except Exception as error:
+        why = f"the network could not be traced: {_one_line(error)}"
+        return Report(model, tuple(Row(name, _describe(conv), "", why) for name, conv in convs.items()))
+
+    changes: dict[str, _Change] = {}
+    reasons: dict[str, str] = {}
+    order = [name for name in graph.spaces if name in convs] + [name for name in convs if name not in graph.spaces]
+    for name in order:
+        try:
+            _check_wanted(name, convs[name], include, exclude, min_channels)
+            changes[name] = _plan(model, graph, factory, name, changes)
+        except _LeaveError as leave:
+            reasons[name] = str(leave)
+
+    failure = _try_out(model, graph, inputs, list(changes.values()))
+    if failure:
+        for name, change in list(changes.items()):
+            alone = _try_out(model, graph, inputs, [change])
+            if alone:
+                del changes[name]
+                reasons[name] = f"the network does not run with it replaced: {alone}"
+        failure = _try_out(model, graph, inputs, list(changes.values()))
+    if failure:
+        reasons.update(dict.fromkeys(changes, f"the network does not run with these replaced: {failure}"))
+        changes.clear()
+
+    was = {name: _describe(conv) for name, conv in convs.items()}
+    _apply(model, list(changes.values()))
+    rows = []
+    for name in order:
+        if name in changes:
+            built = model.get_submodule(name)
+            now = f"{type(built).__name__} {built.in_channels}->{built.out_channels}"
+            narrowed = [*changes[name].follow.readers, *changes[name].follow.gates]
+            rows.append(Row(name, was[name], now, f"narrowed {', '.join(narrowed)}" if narrowed else ""))
+        else:
+            rows.append(Row(name, was[name], "", reasons[name]))
+    return Report(model, tuple(rows))
+
+
+# ---- deciding ----------------------------------------------------------------------------------------------------
+
+
+def _is_spatial(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1
+
+
+def _patterns(patterns: Patterns) -> Sequence[str]:
+    return [patterns] if isinstance(patterns, str) else patterns or []
+
+
+def _describe(conv: nn.Module) -> str:
+    assert isinstance(conv, nn.Conv2d)
+    kernel = "x".join(map(str, conv.kernel_size))
+    more = [f"stride {conv.stride[0]}"] if max(conv.stride) > 1 else []
+    more += [f"dilation {conv.dilation[0]}"] if max(conv.dilation) > 1 else []
+    more += ["depthwise" if conv.groups == conv.in_channels else f"groups {conv.groups}"] if conv.groups > 1 else []
+    return " ".join([f"{type(conv).__name__} {conv.in_channels}->{conv.out_channels}", kernel, *more])
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:160]}{'...' if len(text) > 160 else ''}"
+
+
+def _trace(model: nn.Module, example_input: Any) -> tuple[ChannelGraph, Inputs]:
+    first: Exception | None = None
+    for inputs in example_inputs(model, example_input):
+        try:
+            return trace(model, inputs), inputs
+        except Exception as error:
+            first = first or error
+    assert first is not None
+    raise first
+
+
+def _check_wanted(name: str, conv: nn.Module, include: Patterns, exclude: Patterns, min_channels: int) -> None:
+    assert isinstance(conv, nn.Conv2d)
+    if _patterns(include) and not any(fnmatchcase(name, p) for p in _patterns(include)):
+        raise _LeaveError("not named by include")
+    for pattern in _patterns(exclude):
+        if fnmatchcase(name, pattern):
+            raise _LeaveError(f"excluded by {pattern!r}")
+    if conv.in_channels < min_channels:
+        raise _LeaveError(f"reads {conv.in_channels} channels, fewer than min_channels={min_channels}")
+
+
+def _plan(
+    model: nn.Module, graph: ChannelGraph, factory: OperatorFactory, name: str, changes: dict[str, _Change]
+) -> _Change:
+    conv = model.get_submodule(name)
+    assert isinstance(conv, nn.Conv2d)
+    if name not in graph.spaces:
+        raise _LeaveError("never ran in the traced forward pass")
+    if graph.calls[name] > 1 or _appearances(model, conv) > 1:
+        raise _LeaveError("is used more than once")
+    if problem := host_forward(conv):
+        raise _LeaveError(problem)
+    if conv.padding_mode != "zeros":
+        raise _LeaveError(f"has padding_mode={conv.padding_mode!r}")
+
+    def build() -> Operator:
+        return factory(
+            conv.in_channels,
+            conv.out_channels,
+            _simple(conv.kernel_size),
+            _simple(conv.stride),
+            _simple(conv.dilation),
+            conv.groups,
+            _own_padding(conv),
+        )
+
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            width = build().out_channels
+    except ValueError as error:
+        raise _LeaveError(str(error)) from None
+
+    consumers = graph.spaces[name].consumers
+    norm = next(iter(consumers)) if len(consumers) == 1 else None
+    absorbed = norm if norm and graph.calls[norm] == 1 and without_norm(model.get_submodule(norm)) else None
+    if width == conv.out_channels:
+        return _Change(name, build, absorbed, Private())
+    if width > conv.out_channels:
+        raise _LeaveError(f"would write {width} channels where the convolution writes {conv.out_channels}")
+    for slimmed, change in changes.items():
+        if name in change.follow.readers:
+            raise _LeaveError(f"reads {slimmed}, which is slimmed, and restores the width")
+    try:
+        follow = graph.private(name)
+    except NotPrivateError as error:
+        raise _LeaveError(f"not private: it {error}") from None
+    follow.norms = [n for n in follow.norms if n != absorbed]
+    for layer in (*follow.readers, *follow.norms, *follow.gates):
+        role: Role = "output" if layer in follow.gates else "input"
+        if _appearances(model, model.get_submodule(layer)) > 1:
+            raise _LeaveError(f"is read by {layer}, which is used more than once")
+        try:
+            check_resize(model.get_submodule(layer), width, role)
+        except ResizeError as error:
+            raise _LeaveError(f"is read by {layer}, which cannot be narrowed: {error}") from None
+    return _Change(name, build, absorbed, follow)
+
+
+def _simple(size: tuple[int, ...]) -> int | tuple[int, int]:
+    return size[0] if size[0] == size[1] else (size[0], size[1])
+
+
+def _own_padding(conv: nn.Conv2d) -> int | tuple[int, int] | None:
+    """The padding to hand on, or None where it is the operators' own default."""
+    # timm's Conv2dSame pads as it runs, to ceil(size / stride), which is what the default gives for odd kernels.
+    if conv.padding == "same" or type(conv).__name__ == "Conv2dSame":
+        return None
+    padding = (0, 0) if conv.padding == "valid" else pair(conv.padding)  # type: ignore[arg-type]
+    return None if padding == same_padding(pair(conv.kernel_size), pair(conv.dilation)) else padding  # type: ignore[arg-type]
+
+
+def _appearances(model: nn.Module, module: nn.Module) -> int:
+    """Under how many names of how many parents a module, or a parameter of it, is registered."""
+    places = sum(child is module for parent in model.modules() for child in parent.children())
+    ids = {id(p) for p in module.parameters(recurse=False)}
+    owners = max(
+        (sum(id(p) == i for m in model.modules() for p in m.parameters(recurse=False)) for i in ids), default=1
+    )
+    return max(places, owners)
+
+
+# ---- doing -------------------------------------------------------------------------------------------------------
+
+
+def _try_out(model: nn.Module, graph: ChannelGraph, inputs: Inputs, changes: list[_Change]) -> str:
+    """Why the rewritten network does not run as before, or "" if it does."""
+    if not changes:
+        return ""
+    shadow = shadow_of(model)
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]), torch.inference_mode():
+            _apply(shadow, changes)
+            for mode, expected in graph.outputs.items():
+                shadow.train(mode == "train")
+                args, kwargs = tree_map(lambda v: v.to("meta") if isinstance(v, torch.Tensor) else v, inputs)
+                shapes = [tuple(v.shape) for v in tree_iter(shadow(*args, **kwargs)) if isinstance(v, torch.Tensor)]
+                if shapes != expected:
+                    return f"its outputs change from {expected} to {shapes}"
+    except Exception as error:
+        return _one_line(error)
+    return ""
+
+
+def _apply(model: nn.Module, changes: list[_Change]) -> None:
+    channels_last = any(_is_channels_last(p) for p in model.parameters())
+    edits = Edits(model)
+    try:
+        for change in changes:
+            host = model.get_submodule(change.layer)
+            assert isinstance(host, nn.Conv2d)
+            with torch.device(host.weight.device):
+                built = change.build()
+            built = built.to(dtype=host.weight.dtype).train(host.training)
+            edits.replace(change.layer, built.to(memory_format=torch.channels_last) if channels_last else built)
+            if change.absorbed:
+                norm = model.get_submodule(change.absorbed)
+                rest = without_norm(norm)
+                assert rest is not None
+                edits.replace(change.absorbed, rest.train(norm.training))
+            for layer in (*change.follow.readers, *change.follow.norms):
+                edits.resize(layer, host.out_channels, built.out_channels, "input")
+            for layer in change.follow.gates:
+                edits.resize(layer, host.out_channels, built.out_channels, "output")
+    except BaseException:
+        edits.take_back()
+        raise
+
+
+def _is_channels_last(tensor: torch.Tensor) -> bool:
+    return tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)

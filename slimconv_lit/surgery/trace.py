@@ -1,0 +1,455 @@
+"""Watching one forward pass: how the channel graph of a network comes about.
+
+The pass runs on the meta device, so any Python control flow can be followed and no arithmetic is done. Each tensor on
+the way carries an array of channel numbers: one entry a channel, size 1 along axes on which all entries agree. What
+moves channels (views, concatenation, slices, flips) moves the numbers; what combines two tensors point by point ties
+them; what is not understood is recorded as such.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_iter, tree_map
+from torchvision.ops import FrozenBatchNorm2d
+
+from slimconv_lit.ops import Operator
+from slimconv_lit.surgery.graph import ChannelGraph, Labels, Space, Tie, Use
+
+aten = torch.ops.aten
+
+Inputs: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
+
+NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, FrozenBatchNorm2d)
+LEAVES = (nn.Conv2d, nn.Linear, Operator, *NORMS)
+
+# Tried in turn where the caller gives no example: ImageNet first, then CIFAR and other common sizes.
+SIZES = (224, 32, 256, 64, 128, 299, 28, 96, 384, 512)
+
+
+def shadow_of(model: nn.Module) -> nn.Module:
+    """A copy of `model` on the meta device; no weight is copied."""
+    memo: dict[int, Any] = {}
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        empty = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    shadow = copy.deepcopy(model, memo)
+    for module in shadow.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and value.device.type != "meta":
+                vars(module)[name] = value.detach().to("meta")
+    return shadow
+
+
+def example_inputs(model: nn.Module, example: Any = None) -> Iterator[Inputs]:
+    """The inputs to trace `model` with: the caller's, or images of common sizes, the likeliest first.
+
+    Args:
+        model: A network whose first convolution tells the number of image channels.
+        example: A tensor, a tuple of positional or a dict of keyword arguments; None to guess.
+    """
+    if example is not None:
+        if isinstance(example, dict):
+            yield (), example
+        else:
+            yield (example if isinstance(example, tuple) else (example,)), {}
+        return
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    channels = 3 if first is None else first.in_channels
+    config = getattr(model, "pretrained_cfg", None) or {}
+    sizes = [tuple(config.get("input_size") or ())[-2:]] if isinstance(config, dict) else []
+    for height, width in dict.fromkeys([*(s for s in sizes if len(s) == 2), *((n, n) for n in SIZES)]):
+        # Two images: a norm on a 1x1 map cannot train on one.
+        yield (torch.empty(2, channels, height, width, device="meta"),), {}
+
+
+def trace(model: nn.Module, inputs: Inputs) -> ChannelGraph:
+    """The channel graph of `model`, from one pass in eval and one in train mode (auxiliary heads run only in training).
+
+    Args:
+        model: Any network. It is neither run nor changed: a copy on the meta device is.
+        inputs: Positional and keyword arguments of its forward pass.
+
+    Raises:
+        Exception: Whatever the forward pass in eval mode raises.
+    """
+    shadow = shadow_of(model)
+    meta_inputs = tree_map(lambda v: v.to("meta") if isinstance(v, Tensor) else v, inputs)
+    graph = ChannelGraph()
+    for mode in ("eval", "train"):
+        shadow.train(mode == "train")
+        recorder = _Recorder(graph, shadow)
+        try:
+            with torch.random.fork_rng(devices=[]), torch.inference_mode(), recorder.watching(), recorder:
+                output = shadow(*meta_inputs[0], **meta_inputs[1])
+        except Exception:
+            # Some networks cannot train on this input (a norm on a 1x1 map); what runs in eval mode is known already.
+            if mode == "eval":
+                raise
+            continue
+        recorder.finish(output)
+        graph.outputs[mode] = [tuple(leaf.shape) for leaf in tree_iter(output) if isinstance(leaf, Tensor)]
+        graph.calls |= recorder.calls
+    return graph
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Watches one forward pass and writes what it sees into a graph."""
+
+    def __init__(self, graph: ChannelGraph, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.graph = graph
+        self.model = model
+        self.calls: Counter[str] = Counter()
+        self.labels: dict[int, Labels] = {}
+        self.writer: dict[int, str] = {}
+        # Tensors are known by identity, so none may be freed and its id reused.
+        self.alive: list[Tensor] = []
+        self.inside = 0
+        self.where: list[str] = [""]
+        self.tick = itertools.count()
+
+    # ---- what the graph holds -------------------------------------------------------------------------------------
+
+    def mark(self, tensor: Any, labels: Labels | None) -> None:
+        if isinstance(tensor, Tensor):
+            self.alive.append(tensor)
+            self.writer.pop(id(tensor), None)
+            if labels is None:
+                self.labels.pop(id(tensor), None)
+            else:
+                self.labels[id(tensor)] = labels
+
+    def known(self, value: Any) -> Labels | None:
+        return self.labels.get(id(value)) if isinstance(value, Tensor) else None
+
+    def use(self, kind: Any, by: str, labels: Labels) -> None:
+        flat = labels.ravel()
+        for space in self.graph.spaces_of(flat):
+            space.uses[kind, by] = Use(kind, by, flat)
+
+    def consume(self, values: Sequence[Any], by: str) -> None:
+        for value in values:
+            if isinstance(value, Tensor) and id(value) in self.writer:
+                self.graph.spaces[self.writer[id(value)]].consumers.add(by)
+
+    def write(self, name: str, tensor: Tensor, axis: int) -> None:
+        size = tensor.shape[axis]
+        space = self.graph.spaces.get(name)
+        if space is None:
+            start = max((s.start + s.size for s in self.graph.spaces.values()), default=0)
+            space = self.graph.spaces[name] = Space(name, start, size, output_shape=tuple(tensor.shape))
+        shape = [1] * tensor.ndim
+        shape[axis] = size
+        self.mark(tensor, space.labels.reshape(shape))
+        self.writer[id(tensor)] = name
+
+    # ---- layers that are understood as a whole --------------------------------------------------------------------
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for name, module in self.model.named_modules():
+                leaf = isinstance(module, LEAVES)
+                stack.enter_context(
+                    _removing(module.register_forward_pre_hook(self.entering(name, leaf), prepend=True))
+                )
+                stack.enter_context(
+                    _removing(
+                        module.register_forward_hook(self.leaving(name, leaf), with_kwargs=True, always_call=False)
+                    )
+                )
+            yield
+
+    def entering(self, name: str, leaf: bool) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any) -> None:
+            self.where.append(name)
+            self.inside += leaf
+
+        return hook
+
+    def leaving(self, name: str, leaf: bool) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            self.where.pop()
+            self.inside -= leaf
+            if leaf and not self.inside:
+                self.layer(name, module, next(iter(tree_iter((args, kwargs)))), output)
+
+        return hook
+
+    def layer(self, name: str, module: nn.Module, x: Tensor, output: Tensor) -> None:
+        self.calls[name] += 1
+        labels = self.known(x)
+        self.consume([x], name)
+        if isinstance(module, NORMS):
+            if labels is not None:
+                self.use("norm", name, labels)
+            self.mark(output, labels)
+            return
+        axis = x.ndim - 1 if isinstance(module, nn.Linear) else x.ndim - 3
+        seen = None if labels is None else _along(labels, axis, x.shape)
+        self.graph.reads.setdefault(name, seen)
+        if labels is not None:
+            kind = {nn.Linear: "linear", nn.Conv2d: "conv"}
+            found = next((k for cls, k in kind.items() if isinstance(module, cls)), "operator")
+            self.use(found if seen is not None else "opaque", name, labels if seen is None else seen)
+        self.write(name, output, axis)
+
+    def finish(self, output: Any) -> None:
+        for leaf in tree_flatten(output)[0]:
+            if leaf is not None and not isinstance(leaf, Tensor | int | float | str):
+                raise TypeError(
+                    f"the network returns a {type(leaf).__name__}, which the channel graph cannot look into"
+                )
+            labels = self.known(leaf)
+            if labels is not None:
+                self.use("output", "the network's output", labels)
+
+    # ---- everything else, operation by operation --------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.inside:
+            return func(*args, **kwargs)
+        handler = _HANDLERS.get(func.overloadpacket)
+        pointwise = torch.Tag.pointwise in func.tags or func.overloadpacket in _POINTWISE
+        if handler is None and not pointwise:
+            with self:
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
+        output = func(*args, **kwargs)
+        tensors = [v for v in tree_iter((args, kwargs)) if isinstance(v, Tensor)]
+        name = func.overloadpacket.__name__
+        place = f"{name} in {self.where[-1] or 'the network'}"
+        self.consume(tensors, f"{place} #{next(self.tick)}")
+        if all(self.known(t) is None for t in tensors):
+            for leaf in tree_iter(output):
+                self.mark(leaf, None)
+            return output
+        results: Any = None
+        if handler is not None:
+            results = handler(self.known, args, kwargs, output)
+        elif pointwise and isinstance(output, Tensor):
+            results = self.meet(name, place, tensors, output)
+        if results is None:
+            for tensor in tensors:
+                labels = self.known(tensor)
+                if labels is not None:
+                    self.use("opaque", place, labels)
+            results = itertools.repeat(None)
+        elif isinstance(output, Tensor):
+            results = [results]
+        for leaf, labels in zip(tree_iter(output), results, strict=False):
+            self.mark(leaf, labels)
+        return output
+
+    def meet(self, name: str, place: str, tensors: list[Tensor], output: Tensor) -> Labels | None:
+        """Point by point: what two tensors write in the same place is tied, unless one is spread over the other."""
+        rank = output.ndim
+        found = [(t, self.known(t)) for t in tensors if self.known(t) is not None]
+        # The widest tensor carries the names on: in x * gate(x) that is x, whatever the order of the factors.
+        main, main_labels = max(found, key=lambda pair: pair[0].numel())
+        carried, main_shape = _to_rank(main_labels, rank), _to_rank_shape(main, rank)
+        for tensor, labels in found:
+            if tensor is main:
+                continue
+            other, shape = _to_rank(labels, rank), _to_rank_shape(tensor, rank)
+            if _covers(shape, carried.shape) and _covers(main_shape, other.shape):
+                mine, theirs = (v.ravel() for v in np.broadcast_arrays(carried, other))
+                kind: Literal["sum", "product"] = "product" if name.startswith("mul") else "sum"
+                tie = Tie(kind, mine, theirs)
+                for space in self.graph.spaces_of(np.concatenate([mine, theirs])):
+                    space.ties[kind, mine.tobytes(), theirs.tobytes()] = tie
+                carried = np.broadcast_to(carried, np.broadcast_shapes(carried.shape, other.shape))
+            elif other.size == 1:
+                self.use("opaque", f"{place}, spread over other channels", other)
+            else:
+                return None
+        for tensor in tensors:
+            shape = _to_rank_shape(tensor, rank)
+            if self.known(tensor) is None and any(n > 1 and shape[i] > 1 for i, n in enumerate(carried.shape)):
+                # A learned scale, a mask or another tensor that no layer wrote has a value for each channel.
+                self.use("opaque", f"{place}, with values of its own for each channel", carried)
+        return carried
+
+
+def _to_rank(labels: Any, rank: int) -> Labels:
+    return labels.reshape((1,) * (rank - labels.ndim) + labels.shape)
+
+
+def _to_rank_shape(tensor: Tensor, rank: int) -> tuple[int, ...]:
+    return (1,) * (rank - tensor.ndim) + tuple(tensor.shape)
+
+
+def _covers(shape: Sequence[int], labels_shape: Sequence[int]) -> bool:
+    """Whether a tensor of that shape has a channel of its own for every label."""
+    return all(n in (1, size) for size, n in zip(shape, labels_shape, strict=True))
+
+
+@contextmanager
+def _removing(handle: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _along(labels: Labels, axis: int, shape: Sequence[int]) -> Labels | None:
+    """The labels along one axis, or None where they vary on another."""
+    if labels.size != labels.shape[axis]:
+        return None
+    return np.broadcast_to(labels.ravel(), (shape[axis],)).copy()
+
+
+# ---- how labels move: each handler gets (known, args, kwargs, output), returns labels for each output, or None -------
+
+
+def _full(labels: Labels, axis: int, size: int) -> Labels:
+    shape = list(labels.shape)
+    shape[axis] = size
+    return np.broadcast_to(labels, shape)
+
+
+def _same(known: Any, args: Any, kwargs: Any, output: Any) -> Any:
+    labels = known(args[0])
+    return labels if isinstance(output, Tensor) else [labels] + [None] * (len(output) - 1)
+
+
+def _space_only(known: Any, args: Any, kwargs: Any, output: Any) -> Any:
+    """Pooling and resizing: the channels pass, provided that no label varies over the last two axes."""
+    return None if known(args[0]).shape[-2:] != (1, 1) else _same(known, args, kwargs, output)
+
+
+def _view(known: Any, args: Any, kwargs: Any, output: Tensor) -> Labels | None:
+    labels, old, new = known(args[0]), list(args[0].shape), list(output.shape)
+    if 0 in old:
+        return None
+    pieces: list[int] = []
+    full: list[int] = []
+    i = j = 0
+    # Old and new axes fall into groups of equally many elements; a group is spread out only if labels vary in it.
+    while i < len(old) or j < len(new):
+        a, b = i + 1, j + 1
+        while a < len(old) and np.prod(old[i:a]) < np.prod(new[j:b]):
+            a += 1
+        while np.prod(old[i:a]) != np.prod(new[j:b]):
+            if np.prod(old[i:a]) < np.prod(new[j:b]):
+                a += 1
+            else:
+                b += 1
+        varies = any(n > 1 for n in labels.shape[i:a])
+        full += old[i:a] if varies else [1] * len(old[i:a])
+        pieces += new[j:b] if varies else [1] * len(new[j:b])
+        i, j = a, b
+    return np.broadcast_to(labels, full).reshape(pieces)
+
+
+def _by_numpy(move: Callable[[Labels, Any, Any], Any]) -> Callable[..., Labels]:
+    return lambda known, args, kwargs, output: move(known(args[0]), args, output)
+
+
+def _slice(known: Any, args: Any, kwargs: Any, output: Any) -> Labels:
+    labels: Labels = known(args[0])
+    dim, *bounds = args[1:] or (0,)
+    if labels.shape[dim] == 1:
+        return labels
+    index = [slice(None)] * labels.ndim
+    index[dim] = slice(*bounds) if bounds else slice(None)
+    return labels[tuple(index)]
+
+
+def _split(known: Any, args: Any, kwargs: Any, output: Sequence[Tensor]) -> list[Labels]:
+    labels, dim = known(args[0]), args[2] if len(args) > 2 else kwargs.get("dim", 0)
+    if labels.shape[dim] == 1:
+        return [labels] * len(output)
+    return np.split(labels, np.cumsum([o.shape[dim] for o in output])[:-1], axis=dim)
+
+
+def _unbind(known: Any, args: Any, kwargs: Any, output: Sequence[Tensor]) -> list[Labels]:
+    labels, dim = known(args[0]), args[1] if len(args) > 1 else 0
+    return [labels.take(min(i, labels.shape[dim] - 1), axis=dim) for i in range(len(output))]
+
+
+def _cat(known: Any, args: Any, kwargs: Any, output: Tensor) -> Labels:
+    dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
+    # A tensor that no layer wrote joins as channels without a number.
+    parts = [known(t) if known(t) is not None else np.full((1,) * t.ndim, -1) for t in args[0]]
+    parts = [_full(p, dim, t.shape[dim]) for p, t in zip(parts, args[0], strict=True)]
+    axes = [max(p.shape[i] for p in parts) for i in range(output.ndim)]
+    return np.concatenate([np.broadcast_to(p, [*axes[:dim], p.shape[dim], *axes[dim:][1:]]) for p in parts], axis=dim)
+
+
+def _reduce(known: Any, args: Any, kwargs: Any, output: Any) -> Any:
+    labels = known(args[0])
+    dims = args[1] if len(args) > 1 else kwargs.get("dim")
+    dims = [dims] if isinstance(dims, int) else list(dims or range(labels.ndim))
+    if any(labels.shape[d] > 1 for d in dims):
+        return None
+    kept = args[2] if len(args) > 2 else kwargs.get("keepdim", False)
+    reduced = labels if kept else labels.squeeze(tuple(d % labels.ndim for d in dims))
+    return reduced if isinstance(output, Tensor) else [reduced] * len(output)
+
+
+def _pad(known: Any, args: Any, kwargs: Any, output: Tensor) -> Labels | None:
+    labels, amounts = known(args[0]), args[1]
+    for i in range(len(amounts) // 2):
+        axis = labels.ndim - 1 - i
+        before, after = amounts[2 * i : 2 * i + 2]
+        if labels.shape[axis] > 1 and (before or after):
+            if min(before, after) < 0:
+                return None
+            labels = np.pad(
+                labels, [(before, after) if d == axis else (0, 0) for d in range(labels.ndim)], constant_values=-1
+            )
+    return labels
+
+
+_POINTWISE = {aten.native_dropout, aten.bernoulli, aten.bernoulli_, aten._to_copy, aten.clone}
+
+_HANDLERS: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys([aten.detach, aten.alias, aten.lift_fresh, aten.contiguous, aten.native_dropout], _same),
+    **dict.fromkeys(
+        [
+            aten.avg_pool2d,
+            aten.max_pool2d_with_indices,
+            aten.max_pool2d,
+            aten._adaptive_avg_pool2d,
+            aten.adaptive_avg_pool2d,
+            aten.adaptive_max_pool2d,
+            aten.upsample_nearest2d,
+            aten.upsample_bilinear2d,
+            aten.upsample_bicubic2d,
+            aten._upsample_bilinear2d_aa,
+            aten.reflection_pad2d,
+            aten.replication_pad2d,
+        ],
+        _space_only,
+    ),
+    **dict.fromkeys([aten.view, aten._unsafe_view, aten._reshape_alias], _view),
+    **dict.fromkeys([aten.mean, aten.sum, aten.amax, aten.amin, aten.var, aten.std, aten.max, aten.min], _reduce),
+    aten.permute: _by_numpy(lambda v, args, out: v.transpose(args[1])),
+    aten.transpose: _by_numpy(lambda v, args, out: v.swapaxes(args[1], args[2])),
+    aten.t: _by_numpy(lambda v, args, out: v.T),
+    aten.unsqueeze: _by_numpy(lambda v, args, out: np.expand_dims(v, args[1])),
+    aten.squeeze: _view,
+    aten.expand: _by_numpy(lambda v, args, out: v.reshape((1,) * (out.ndim - v.ndim) + v.shape)),
+    aten.select: _by_numpy(lambda v, args, out: v.take(0 if v.shape[args[1]] == 1 else args[2], axis=args[1])),
+    aten.flip: _by_numpy(lambda v, args, out: np.flip(v, args[1])),
+    aten.slice: _slice,
+    aten.split: _split,
+    aten.split_with_sizes: _split,
+    aten.unbind: _unbind,
+    aten.cat: _cat,
+    aten.constant_pad_nd: _pad,
+}

@@ -1,0 +1,167 @@
+"""What every task shares: plain-value hyperparameters, SGD, a schedule per optimizer step, weight averaging."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import EMAWeightAveraging
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim import lr_scheduler
+
+from slimconv_lit.ops import OperatorFactory, OperatorLike, describe_operator
+
+if TYPE_CHECKING:
+    OperatorArgument = OperatorLike
+else:
+    # The command line reads this type. A bare `str` in it would let a mistyped class name pass the parser.
+    OperatorArgument = OperatorFactory
+
+
+class Picture(NamedTuple):
+    """One image of a picture that a callback lays out.
+
+    Attributes:
+        image: (3, H, W), uint8, with whatever the task drew on it.
+        caption: What is printed above it.
+        correct: Whether the prediction is right; None where that is unknown.
+    """
+
+    image: Tensor
+    caption: str
+    correct: bool | None = None
+
+
+class BaseTask(pl.LightningModule):
+    """A task is its hyperparameters plus three hooks: `build_model`, `build_loss` and `build_metrics`.
+
+    All hyperparameters, those of subclasses too, are in `self.hparams` as plain values before the hooks are called.
+
+    Args:
+        backbone: A name that `create_backbone` knows.
+        operator: The operator in the place of the spatial convolutions: a class, a partial, a name or plain values.
+            None leaves the backbone as it is.
+        lr: Learning rate after warm-up.
+        momentum: Momentum of SGD.
+        weight_decay: Weight decay of SGD, on all parameters.
+        nesterov: Whether SGD uses Nesterov's momentum.
+        schedule: How the learning rate falls, once per optimizer step: "multistep" by `gamma` at each of
+            `milestones`, "cosine" and "poly" (power 0.9) to zero at the end of training, "constant" not at all.
+        milestones: Epochs after which "multistep" lowers the learning rate.
+        gamma: Factor of "multistep".
+        warmup_epochs: Epochs in which the learning rate rises linearly from a hundredth of `lr`.
+        ema_decay: Decay of an exponential moving average of the weights, which is then what is validated, saved and
+            tested. None for no average.
+    """
+
+    monitor: str = "val/loss"
+    """The metric that the best checkpoint is chosen by."""
+    monitor_mode: Literal["min", "max"] = "min"
+
+    def __init__(
+        self,
+        backbone: str,
+        operator: OperatorArgument | None = None,
+        lr: float = 0.1,
+        momentum: float = 0.9,
+        weight_decay: float = 1e-4,
+        nesterov: bool = False,
+        schedule: Literal["multistep", "cosine", "poly", "constant"] = "cosine",
+        milestones: Sequence[float] = (),
+        gamma: float = 0.1,
+        warmup_epochs: float = 0.0,
+        ema_decay: float | None = None,
+    ) -> None:
+        super().__init__()
+        # logger=False: the run folder hands the nested configuration to the loggers, once.
+        self.save_hyperparameters(logger=False, ignore=["operator"])
+        # Plain values, also when built from Python: a checkpoint must load without unpickling a class.
+        self.hparams["operator"] = None if operator is None else describe_operator(operator)
+        self.hparams["milestones"] = list(milestones)
+        self.hparams.setdefault("_class_path", f"{type(self).__module__}.{type(self).__qualname__}")
+        self.model = self.build_model()
+        self.loss = self.build_loss()
+        self.build_metrics()
+
+    def build_model(self) -> nn.Module:
+        """The network, from `self.hparams`."""
+        raise NotImplementedError
+
+    def build_loss(self) -> nn.Module:
+        """What is minimised, from `self.hparams`."""
+        raise NotImplementedError
+
+    def build_metrics(self) -> None:
+        """Sets the metrics as attributes, so that Lightning moves and resets them."""
+        raise NotImplementedError
+
+    def draw(self, batch: Any, outputs: Any) -> list[Picture]:
+        """One picture for each image of `batch`; a callback lays them out, writes and logs them.
+
+        Args:
+            batch: (images, targets), or (images, names) when there is no truth.
+            outputs: What `forward` returned for these images in evaluation mode.
+        """
+        return []
+
+    def forward(self, images: Tensor) -> Any:
+        """Hands `images` (B, C, H, W) to the network."""
+        return self.model(images)
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """Undoes the datamodule's normalisation: (B, C, H, W) floats become (B, 3, H, W) uint8."""
+        data = getattr(self.trainer, "datamodule", None)
+        mean, std = (images.new_tensor(getattr(data, key, default)) for key, default in (("mean", 0.0), ("std", 1.0)))
+        plain = images * std.view(-1, 1, 1) + mean.view(-1, 1, 1)
+        return (plain.clamp(0, 1) * 255).round().to(torch.uint8).expand(-1, 3, -1, -1)
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        """The datamodule's class names, or numbers where there is no datamodule."""
+        names: Sequence[str] | None = getattr(getattr(self._trainer, "datamodule", None), "class_names", None)
+        return names or [str(number) for number in range(self.hparams["num_classes"])]
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Adds the moving average while fitting; outside of it there is nothing to average."""
+        decay = self.hparams["ema_decay"]
+        return [EMAWeightAveraging(decay=decay)] if decay and self.trainer.state.fn == "fit" else []
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """SGD with the schedule, which is stepped after each optimizer step."""
+        h = self.hparams
+        optimizer = torch.optim.SGD(
+            self.parameters(), h["lr"], momentum=h["momentum"], weight_decay=h["weight_decay"], nesterov=h["nesterov"]
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self._schedule(optimizer), "interval": "step"},
+        }
+
+    def _schedule(self, optimizer: torch.optim.Optimizer) -> lr_scheduler.LRScheduler:
+        h = self.hparams
+        total = self.trainer.estimated_stepping_batches
+        epochs = self.trainer.max_epochs or 0
+        if epochs < 1 or not isinstance(total, int):
+            raise ValueError("the schedule counts in epochs: set trainer.max_epochs")
+        if any(later <= sooner for sooner, later in pairwise(h["milestones"])):
+            raise ValueError(f"milestones must rise, they are {h['milestones']}")
+        steps_per_epoch = total / epochs
+        warmup = round(h["warmup_epochs"] * steps_per_epoch)
+        remaining = max(1, total - warmup)
+        schedule: lr_scheduler.LRScheduler
+        match h["schedule"]:
+            case "multistep":
+                steps = [round(epoch * steps_per_epoch) - warmup for epoch in h["milestones"]]
+                schedule = lr_scheduler.MultiStepLR(optimizer, steps, h["gamma"])
+            case "cosine":
+                schedule = lr_scheduler.CosineAnnealingLR(optimizer, remaining)
+            case "poly":
+                schedule = lr_scheduler.PolynomialLR(optimizer, remaining, power=0.9)
+            case _:
+                schedule = lr_scheduler.ConstantLR(optimizer, factor=1.0)
+        if not warmup:
+            return schedule
+        rise = lr_scheduler.LinearLR(optimizer, start_factor=0.01, total_iters=warmup)
+        return lr_scheduler.SequentialLR(optimizer, [rise, schedule], [warmup])

@@ -1,0 +1,127 @@
+"""Image classification."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+from torchvision.transforms import v2
+
+from slimconv_lit.backbones import create_backbone
+from slimconv_lit.ops import resolve_operator
+from slimconv_lit.tasks.base import BaseTask, Picture
+
+
+class ClassificationTask(BaseTask):
+    """Cross-entropy on one label per image.
+
+    Batches are (images (B, C, H, W), labels (B,)); for prediction (images, B names).
+
+    Args:
+        num_classes: How many classes there are; the command line takes it from the datamodule.
+        in_channels: Channels of the images; the command line takes it from the datamodule.
+        label_smoothing: Share of each label that is spread over all classes.
+        mixup_alpha: Parameter of MixUp's Beta distribution; 0 for no MixUp. With both, each batch draws one.
+        cutmix_alpha: Parameter of CutMix's Beta distribution; 0 for no CutMix.
+        base: What `BaseTask` takes.
+    """
+
+    monitor = "val/top1"
+    monitor_mode: Literal["min", "max"] = "max"
+
+    def __init__(
+        self,
+        num_classes: int,
+        in_channels: int = 3,
+        label_smoothing: float = 0.0,
+        mixup_alpha: float = 0.0,
+        cutmix_alpha: float = 0.0,
+        **base: Any,
+    ) -> None:
+        super().__init__(**base)
+        mixes: list[v2.Transform] = []
+        if mixup_alpha:
+            mixes.append(v2.MixUp(alpha=mixup_alpha, num_classes=num_classes))
+        if cutmix_alpha:
+            mixes.append(v2.CutMix(alpha=cutmix_alpha, num_classes=num_classes))
+        self.mix = v2.RandomChoice(mixes) if mixes else None
+
+    def build_model(self) -> nn.Module:
+        """The backbone with the operator in it."""
+        h = self.hparams
+        operator = resolve_operator(h["operator"]) if h["operator"] else None
+        return create_backbone(
+            h["backbone"], operator=operator, num_classes=h["num_classes"], in_channels=h["in_channels"]
+        )
+
+    def build_loss(self) -> nn.Module:
+        """Cross-entropy."""
+        return nn.CrossEntropyLoss(label_smoothing=self.hparams["label_smoothing"])
+
+    def build_metrics(self) -> None:
+        """Top-1, top-5 where that says something, and the test's confusion matrix."""
+        classes = self.hparams["num_classes"]
+        top1 = {"top1": MulticlassAccuracy(classes, average="micro")}
+        top5 = {"top5": MulticlassAccuracy(classes, average="micro", top_k=5)} if classes > 5 else {}
+        self.train_metrics = MetricCollection(top1, prefix="train/")
+        self.val_metrics = MetricCollection(top1 | top5, prefix="val/")
+        self.test_metrics = self.val_metrics.clone(prefix="test/")
+        self.test_confusion = MulticlassConfusionMatrix(classes)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """The loss of one batch, mixed if asked; the accuracy is on the heavier label's... unmixed labels."""
+        images, labels = batch
+        mixed, targets = self.mix(images, labels) if self.mix else (images, labels)
+        logits = self(mixed)
+        loss: Tensor = self.loss(logits, targets)
+        self.log("train/loss_step", loss, on_epoch=False, prog_bar=True)
+        self.log("train/loss", loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(images))
+        self.train_metrics.update(logits, labels)
+        self.log_dict(self.train_metrics, on_step=False, on_epoch=True, batch_size=len(images))
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Loss and accuracies of one batch."""
+        images, labels = batch
+        logits = self(images)
+        self.log("val/loss", self.loss(logits, labels), sync_dist=True, batch_size=len(images))
+        self.val_metrics.update(logits, labels)
+        self.log_dict(self.val_metrics, prog_bar=True, batch_size=len(images))
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Accuracies and confusions of one batch."""
+        images, labels = batch
+        logits = self(images)
+        self.test_metrics.update(logits, labels)
+        self.test_confusion.update(logits, labels)
+        self.log_dict(self.test_metrics, batch_size=len(images))
+
+    def on_test_epoch_start(self) -> None:
+        """Forgets an earlier test; the matrix is not reset at the end, for callbacks read it then."""
+        self.test_confusion.reset()
+
+    def predict_step(self, batch: tuple[Tensor, Sequence[str]], batch_idx: int) -> list[dict[str, Any]]:
+        """One row (name, class, probability) for each image."""
+        images, names = batch
+        probabilities, classes = self(images).softmax(1).max(1)
+        return [
+            {"name": name, "class": self.class_names[index], "probability": round(probability, 6)}
+            for name, index, probability in zip(names, classes.tolist(), probabilities.tolist(), strict=True)
+        ]
+
+    def draw(self, batch: tuple[Tensor, Tensor | Sequence[str]], outputs: Tensor) -> list[Picture]:
+        """The images, each with its predicted class and, where it is known, its true one."""
+        images, labels = batch
+        probabilities, classes = outputs.softmax(1).max(1)
+        pictures = []
+        for i, (image, index, probability) in enumerate(zip(self.pixels(images), classes, probabilities, strict=True)):
+            caption = f"{self.class_names[int(index)]} {float(probability):.0%}"
+            if not isinstance(labels, Tensor):
+                pictures.append(Picture(image, f"{labels[i]}\n{caption}"))
+                continue
+            correct = bool(index == labels[i])
+            truth = "" if correct else f"\nis {self.class_names[int(labels[i])]}"
+            pictures.append(Picture(image, caption + truth, correct))
+        return pictures
