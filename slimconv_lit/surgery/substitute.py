@@ -268,6 +268,8 @@ def _plan(
         raise _LeaveError("is used more than once")
     if problem := host_forward(conv):
         raise _LeaveError(problem)
+    if conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks:
+        raise _LeaveError("carries hooks, which would be lost")
     if conv.padding_mode != "zeros":
         raise _LeaveError(f"has padding_mode={conv.padding_mode!r}")
 

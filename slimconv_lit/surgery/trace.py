@@ -65,12 +65,12 @@ def example_inputs(model: nn.Module, example: Any = None) -> Iterator[Inputs]:
             yield (example if isinstance(example, tuple) else (example,)), {}
         return
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    channels = 3 if first is None else first.in_channels
+    channels, dtype = (3, torch.float32) if first is None else (first.in_channels, first.weight.dtype)
     config = getattr(model, "pretrained_cfg", None) or {}
     sizes = [tuple(config.get("input_size") or ())[-2:]] if isinstance(config, dict) else []
     for height, width in dict.fromkeys([*(s for s in sizes if len(s) == 2), *((n, n) for n in SIZES)]):
         # Two images: a norm on a 1x1 map cannot train on one.
-        yield (torch.empty(2, channels, height, width, device="meta"),), {}
+        yield (torch.empty(2, channels, height, width, dtype=dtype, device="meta"),), {}
 
 
 def trace(model: nn.Module, inputs: Inputs) -> ChannelGraph:
@@ -415,7 +415,11 @@ def _pad(known: Any, args: Any, kwargs: Any, output: Tensor) -> Labels | None:
     return labels
 
 
-_POINTWISE = {aten.native_dropout, aten.bernoulli, aten.bernoulli_, aten._to_copy, aten.clone}
+# What torch does not tag as pointwise, although it is.
+_POINTWISE = {
+    *(aten.hardswish, aten.hardswish_, aten.mish_, aten.threshold_, aten.prelu, aten._prelu_kernel, aten.rsub),
+    *(aten.bernoulli, aten.bernoulli_, aten._to_copy, aten.clone),
+}
 
 _HANDLERS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys([aten.detach, aten.alias, aten.lift_fresh, aten.contiguous, aten.native_dropout], _same),
