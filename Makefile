@@ -36,6 +36,7 @@ test: lint types tests
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 types: .venv/installed-dev
 	$(BIN)/mypy

@@ -172,7 +172,6 @@ class BaseDataModule(pl.LightningDataModule):
         mean: Per channel, taken off the pixels (0 to 1) of an image; `images * std + mean` gives them back.
         std: Per channel, what they are then divided by.
         eval_transform: From a PIL image of any size to what the network is tested on.
-        collate: How a list of items becomes a batch.
         max_workers: See `num_workers`.
     """
 
@@ -182,7 +181,6 @@ class BaseDataModule(pl.LightningDataModule):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     eval_transform: Callable[..., tuple[Any, ...]]
-    collate: Callable[[list[Any]], Any] = staticmethod(default_collate)
     max_workers: ClassVar[int] = 4
 
     def __init__(
@@ -217,6 +215,12 @@ class BaseDataModule(pl.LightningDataModule):
             FileNotFoundError: If the data are not there; the message names what was looked for and the ways out.
         """
         raise NotImplementedError
+
+    @staticmethod
+    def collate(items: list[tuple[Any, ...]]) -> tuple[Any, ...]:
+        """How (image, target) or (image, name) items become a batch; for another kind of batch, override it."""
+        images, targets = default_collate(items)
+        return images, list(targets) if isinstance(targets, tuple) else targets
 
     def dataset(self, split: Split) -> Dataset[tuple[Any, ...]]:
         """`make_dataset`, called once for each split."""

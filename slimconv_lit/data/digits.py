@@ -16,8 +16,8 @@ from torch.utils.data import Dataset
 from slimconv_lit.data.base import BaseDataModule, Key, Split, hold_out
 from slimconv_lit.data.transforms import Stats, digits_eval, random_affine
 
-# Of all 1,797 digits at 8x8; enlarging them changes the mean by nothing and the deviation by less than a tenth.
-DIGITS_STATS: Stats = ((0.3053,), (0.3760,))
+# Of all 1,797 digits at 16x16; at 32x32 the deviation is 0.3236.
+DIGITS_STATS: Stats = ((0.3053,), (0.3189,))
 
 
 class DigitsDataset(Dataset[tuple[Tensor, int]]):
@@ -42,11 +42,11 @@ class DigitsDataset(Dataset[tuple[Tensor, int]]):
 
     def __getitems__(self, keys: Sequence[Key]) -> list[tuple[Tensor, int]]:
         """What DataLoader calls, where it is there, for all items of a batch."""
-        dealt = [key if isinstance(key, tuple) else (key, int(torch.randint(2**32, ()))) for key in keys]
-        indices = [index for index, _ in dealt]
+        indices = [key[0] if isinstance(key, tuple) else key for key in keys]
         images = self.images[indices]
         if self.augment:
-            images = random_affine(images, [seed for _, seed in dealt])
+            seeds = [key[1] if isinstance(key, tuple) else int(torch.randint(2**32, ())) for key in keys]
+            images = random_affine(images, seeds)
         images = (images - self.mean) / self.std
         return [(image, self.targets[index]) for image, index in zip(images, indices, strict=True)]
 

@@ -49,7 +49,7 @@ class ImageNetDataModule(BaseDataModule):
         image_size: Height and width of training images in pixels.
         eval_size: Height and width of all other images; None means `image_size`.
         trivial_augment: Add TrivialAugmentWide to the training recipe.
-        sample: Read a small data set of ten classes in the same layout (400 and 100 images), built below `root`.
+        sample: Read a small data set of ten classes in the same layout (800 and 200 images), built below `root`.
         predict_dir: Predict all images below this folder; None predicts the test images.
         pin_memory: Load into page-locked memory; None does so where CUDA is available.
 
@@ -93,10 +93,10 @@ class ImageNetDataModule(BaseDataModule):
 
     def _class_names(self, num_classes: int | None) -> tuple[str, ...]:
         official = tuple(ResNet18_Weights.IMAGENET1K_V1.meta["categories"])
-        train = self.root / "train"
+        train = self._folder(self.root, "train")
         if self.sample:
             found = samples.DIGITS
-        elif train.is_dir():
+        elif train is not None:
             found = tuple(find_classes(train)[0])
         elif num_classes in (None, len(official)):
             return official
@@ -116,11 +116,8 @@ class ImageNetDataModule(BaseDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes the class names over where no folders tell them."""
-        if (
-            not self.sample
-            and not (self.root / "train").is_dir()
-            and len(state_dict["class_names"]) == self.num_classes
-        ):
+        unknown = not self.sample and self._folder(self.root, "train") is None
+        if unknown and len(state_dict["class_names"]) == self.num_classes:
             self.class_names = tuple(state_dict["class_names"])
 
     def prepare_data(self) -> None:

@@ -45,7 +45,7 @@ class Scene:
 
 
 class Pool:
-    """The handwritten digits (8x8, ink 0 to 1) of one split, by class; four fifths of them train.
+    """The handwritten digits (8x8 and a margin of 1, ink 0 to 1) of one split, by class; four fifths of them train.
 
     Args:
         train: Which part.
@@ -54,9 +54,10 @@ class Pool:
     def __init__(self, train: bool) -> None:
         pixels, labels = load_digits(return_X_y=True)
         part = hold_out(labels, 0.2, seed=0)[0 if train else 1]
-        self.glyphs = [pixels[part][labels[part] == digit].reshape(-1, 8, 8) / 16 for digit in range(10)]
+        cells = np.pad(pixels[part].reshape(-1, 8, 8) / 16, ((0, 0), (1, 1), (1, 1))).astype(np.float32)
+        self.glyphs = [cells[labels[part] == digit] for digit in range(10)]
 
-    def draw(self, rng: np.random.Generator, label: int) -> NDArray[np.float64]:
+    def draw(self, rng: np.random.Generator, label: int) -> NDArray[np.float32]:
         """A random handwritten digit of a class."""
         return rng.choice(self.glyphs[label])
 
@@ -64,30 +65,28 @@ class Pool:
 def compose_scene(
     rng: np.random.Generator, pool: Pool, labels: Sequence[int], places: Sequence[Box], size: tuple[int, int]
 ) -> Scene:
-    """Digits in one ink each on a smooth many-coloured ground.
+    """Digits, each in one bright ink, on a darker, grainy ground whose colour changes softly.
+
+    With bright and dark inks mixed, a small network learned next to nothing from the few images of a sample.
 
     Args:
         rng: What all is drawn from.
         pool: Where the digits come from.
         labels: The digits to write.
-        places: Where to write each; its 8x8 cell is stretched to the box. One that another covers is seen in part.
+        places: Where to write each; its cell is stretched to the box. One that another covers is seen in part.
         size: Height and width of the scene in pixels.
     """
     height, width = size
-    ground = Image.fromarray(rng.integers(30, 226, (3, 4, 3), dtype=np.uint8)).resize(
-        (width, height), Image.Resampling.BICUBIC
-    )
-    image = np.asarray(ground, dtype=np.float32) + rng.normal(0, 4, (height, width, 1)).astype(np.float32)
+    tint = rng.uniform(30, 110) + rng.normal(0, 35, 3) + rng.normal(0, 20, (3, 4, 3))
+    ground = Image.fromarray(tint.clip(0, 255).astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    image = np.asarray(ground, dtype=np.float32) + rng.normal(0, 3, (height, width, 1)).astype(np.float32)
     instances = np.zeros(size, dtype=np.uint8)
     for number, (label, (x0, y0, x1, y1)) in enumerate(zip(labels, places, strict=True), start=1):
-        glyph = Image.fromarray(pool.draw(rng, label).astype(np.float32))
-        cover = np.asarray(glyph.resize((x1 - x0, y1 - y0), Image.Resampling.BICUBIC))
-        # Steeper edges: a stroke of that few pixels, enlarged, is a blur.
-        cover = np.clip((cover - 0.3) / 0.3, 0, 1)[..., None]
+        glyph = Image.fromarray(pool.draw(rng, label)).resize((x1 - x0, y1 - y0), Image.Resampling.BICUBIC)
+        # So steep that the edge of a stroke is about a pixel wide, however far those few pixels are enlarged.
+        cover = np.clip((np.asarray(glyph) - 0.4) * (y1 - y0) / 10 + 0.5, 0, 1)[..., None]
         part = image[y0:y1, x0:x1]
-        # As far from the ground as it goes, so that every digit can be read.
-        bright = part.mean() < 128
-        ink = rng.uniform(200, 255, 3) if bright else rng.uniform(0, 55, 3)
+        ink = rng.uniform(180, 255, 3)
         image[y0:y1, x0:x1] = part * (1 - cover) + ink.astype(np.float32) * cover
         instances[y0:y1, x0:x1][cover[..., 0] > 0.5] = number
     boxes = [_bounds(instances == number) for number in range(1, len(labels) + 1)]
@@ -113,11 +112,12 @@ def build_once(root: Path, name: str, write: Callable[[Path], None]) -> Path:
     try:
         write(partial)
         partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial)
-        # Another process was faster, with the same files: the seed is fixed.
+    except OSError:
+        # Another process may have been faster, with the same files: the seed is fixed.
         if not folder.is_dir():
             raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
@@ -161,7 +161,7 @@ def _dump(path: Path, value: dict[str, object]) -> None:
     path.write_bytes(pickle.dumps(value))
 
 
-def write_imagenet(folder: Path, per_class: tuple[int, int] = (40, 10), seed: int = 0) -> None:
+def write_imagenet(folder: Path, per_class: tuple[int, int] = (80, 20), seed: int = 0) -> None:
     """The layout of ImageNet once unpacked: train/CLASS/*.JPEG and val/CLASS/*.JPEG, ten digits, sizes of many kinds.
 
     Args:
@@ -173,10 +173,11 @@ def write_imagenet(folder: Path, per_class: tuple[int, int] = (40, 10), seed: in
         rng, pool = np.random.default_rng((seed, number)), Pool(train=split == "train")
         labels = np.repeat(np.arange(10), per_class[number]).tolist()
         for index, label in enumerate(tqdm(labels, desc=f"sample of ImageNet, {split}", delay=1, leave=False)):
-            height, width = (int(side) for side in rng.integers(160, 257, 2))
-            tall = int(rng.uniform(0.6, 0.95) * min(height, width))
-            wide = int(rng.uniform(0.7, 1.0) * tall)
-            x, y = int(rng.integers(width - wide)), int(rng.integers(height - tall))
+            height, width = (int(side) for side in rng.integers(176, 257, 2))
+            tall = int(rng.uniform(0.65, 0.95) * min(height, width))
+            wide = int(rng.uniform(0.75, 1) * tall)
+            # Near the centre, where the test crop does not cut it.
+            x, y = (int(rng.uniform(0.35, 0.65) * slack) for slack in (width - wide, height - tall))
             scene = compose_scene(rng, pool, [label], [(x, y, x + wide, y + tall)], (height, width))
             path = folder / split / DIGITS[label] / f"{split}_{index:05d}.JPEG"
             path.parent.mkdir(parents=True, exist_ok=True)

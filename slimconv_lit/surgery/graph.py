@@ -48,7 +48,6 @@ class Space:
     uses: dict[tuple[str, str], Use] = field(default_factory=dict)
     ties: dict[tuple[str, bytes, bytes], Tie] = field(default_factory=dict)
     consumers: set[str] = field(default_factory=set)
-    output_shape: tuple[int, ...] = ()
 
     @property
     def labels(self) -> Labels:
@@ -62,13 +61,11 @@ class ChannelGraph:
 
     Attributes:
         spaces: By the writing layer's name.
-        reads: Which channels a layer reads, by the layer's name; None where the graph lost them.
         calls: How often a layer ran in one forward pass.
         outputs: Shapes of the network's outputs, per mode ("eval", "train").
     """
 
     spaces: dict[str, Space] = field(default_factory=dict)
-    reads: dict[str, Labels | None] = field(default_factory=dict)
     calls: Counter[str] = field(default_factory=Counter)
     outputs: dict[str, list[tuple[int, ...]]] = field(default_factory=dict)
 

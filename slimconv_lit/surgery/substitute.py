@@ -7,6 +7,7 @@ whole if anything fails.
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -20,7 +21,7 @@ from slimconv_lit.ops import Operator, OperatorFactory, OperatorLike, SlimConv2d
 from slimconv_lit.ops.base import closest, pair, same_padding
 from slimconv_lit.surgery.graph import ChannelGraph, NotPrivateError, Private
 from slimconv_lit.surgery.resize import Edits, ResizeError, Role, check_resize, host_forward, without_norm
-from slimconv_lit.surgery.trace import Inputs, example_inputs, shadow_of, trace
+from slimconv_lit.surgery.trace import Inputs, example_inputs, quiet_pass, shadow_of, trace
 from slimconv_lit.tables import format_table
 
 Patterns: TypeAlias = str | Sequence[str] | None
@@ -176,11 +177,12 @@ def substitute(
 
     changes: dict[str, _Change] = {}
     reasons: dict[str, str] = {}
+    shared = _shared_layers(model)
     order = [name for name in graph.spaces if name in convs] + [name for name in convs if name not in graph.spaces]
     for name in order:
         try:
             _check_wanted(name, convs[name], include, exclude, min_channels)
-            changes[name] = _plan(model, graph, factory, name, changes)
+            changes[name] = _plan(model, graph, factory, name, changes, shared)
         except _LeaveError as leave:
             reasons[name] = str(leave)
 
@@ -258,13 +260,18 @@ def _check_wanted(name: str, conv: nn.Module, include: Patterns, exclude: Patter
 
 
 def _plan(
-    model: nn.Module, graph: ChannelGraph, factory: OperatorFactory, name: str, changes: dict[str, _Change]
+    model: nn.Module,
+    graph: ChannelGraph,
+    factory: OperatorFactory,
+    name: str,
+    changes: dict[str, _Change],
+    shared: set[str],
 ) -> _Change:
     conv = model.get_submodule(name)
     assert isinstance(conv, nn.Conv2d)
     if name not in graph.spaces:
         raise _LeaveError("never ran in the traced forward pass")
-    if graph.calls[name] > 1 or _appearances(model, conv) > 1:
+    if graph.calls[name] > 1 or name in shared:
         raise _LeaveError("is used more than once")
     if problem := host_forward(conv):
         raise _LeaveError(problem)
@@ -307,7 +314,7 @@ def _plan(
     follow.norms = [n for n in follow.norms if n != absorbed]
     for layer in (*follow.readers, *follow.norms, *follow.gates):
         role: Role = "output" if layer in follow.gates else "input"
-        if _appearances(model, model.get_submodule(layer)) > 1:
+        if layer in shared:
             raise _LeaveError(f"is read by {layer}, which is used more than once")
         try:
             check_resize(model.get_submodule(layer), width, role)
@@ -329,14 +336,16 @@ def _own_padding(conv: nn.Conv2d) -> int | tuple[int, int] | None:
     return None if padding == same_padding(pair(conv.kernel_size), pair(conv.dilation)) else padding  # type: ignore[arg-type]
 
 
-def _appearances(model: nn.Module, module: nn.Module) -> int:
-    """Under how many names of how many parents a module, or a parameter of it, is registered."""
-    places = sum(child is module for parent in model.modules() for child in parent.children())
-    ids = {id(p) for p in module.parameters(recurse=False)}
-    owners = max(
-        (sum(id(p) == i for m in model.modules() for p in m.parameters(recurse=False)) for i in ids), default=1
-    )
-    return max(places, owners)
+def _shared_layers(model: nn.Module) -> set[str]:
+    """Names of layers that are registered in more than one place, or that share a parameter with another layer."""
+    modules = dict(model.named_modules())
+    places = Counter(id(child) for parent in modules.values() for child in parent.children())
+    owners = Counter(id(p) for module in modules.values() for p in module.parameters(recurse=False))
+    return {
+        name
+        for name, module in modules.items()
+        if places[id(module)] > 1 or any(owners[id(p)] > 1 for p in module.parameters(recurse=False))
+    }
 
 
 # ---- doing -------------------------------------------------------------------------------------------------------
@@ -348,7 +357,7 @@ def _try_out(model: nn.Module, graph: ChannelGraph, inputs: Inputs, changes: lis
         return ""
     shadow = shadow_of(model)
     try:
-        with torch.device("meta"), torch.random.fork_rng(devices=[]), torch.inference_mode():
+        with torch.device("meta"), quiet_pass():
             _apply(shadow, changes)
             for mode, expected in graph.outputs.items():
                 shadow.train(mode == "train")

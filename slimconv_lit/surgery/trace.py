@@ -73,6 +73,14 @@ def example_inputs(model: nn.Module, example: Any = None) -> Iterator[Inputs]:
         yield (torch.empty(2, channels, height, width, dtype=dtype, device="meta"),), {}
 
 
+@contextmanager
+def quiet_pass() -> Iterator[None]:
+    """For a forward pass that only looks: eager also where the network is compiled, random numbers left as they are."""
+    stance = torch.compiler.set_stance("force_eager")
+    with stance, torch.random.fork_rng(devices=[]), torch.inference_mode():
+        yield
+
+
 def trace(model: nn.Module, inputs: Inputs) -> ChannelGraph:
     """The channel graph of `model`, from one pass in eval and one in train mode (auxiliary heads run only in training).
 
@@ -90,7 +98,7 @@ def trace(model: nn.Module, inputs: Inputs) -> ChannelGraph:
         shadow.train(mode == "train")
         recorder = _Recorder(graph, shadow)
         try:
-            with torch.random.fork_rng(devices=[]), torch.inference_mode(), recorder.watching(), recorder:
+            with quiet_pass(), recorder.watching(), recorder:
                 output = shadow(*meta_inputs[0], **meta_inputs[1])
         except Exception:
             # Some networks cannot train on this input (a norm on a 1x1 map); what runs in eval mode is known already.
@@ -148,7 +156,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         space = self.graph.spaces.get(name)
         if space is None:
             start = max((s.start + s.size for s in self.graph.spaces.values()), default=0)
-            space = self.graph.spaces[name] = Space(name, start, size, output_shape=tuple(tensor.shape))
+            space = self.graph.spaces[name] = Space(name, start, size)
         shape = [1] * tensor.ndim
         shape[axis] = size
         self.mark(tensor, space.labels.reshape(shape))
@@ -198,7 +206,6 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         axis = x.ndim - 1 if isinstance(module, nn.Linear) else x.ndim - 3
         seen = None if labels is None else _along(labels, axis, x.shape)
-        self.graph.reads.setdefault(name, seen)
         if labels is not None:
             kind = {nn.Linear: "linear", nn.Conv2d: "conv"}
             found = next((k for cls, k in kind.items() if isinstance(module, cls)), "operator")

@@ -63,15 +63,15 @@ class ClassificationTask(BaseTask):
     def build_metrics(self) -> None:
         """Top-1, top-5 where that says something, and the test's confusion matrix."""
         classes = self.hparams["num_classes"]
-        top1 = {"top1": MulticlassAccuracy(classes, average="micro")}
-        top5 = {"top5": MulticlassAccuracy(classes, average="micro", top_k=5)} if classes > 5 else {}
-        self.train_metrics = MetricCollection(top1, prefix="train/")
-        self.val_metrics = MetricCollection(top1 | top5, prefix="val/")
+        ranks = {"top1": 1, "top5": 5} if classes > 5 else {"top1": 1}
+        accuracies = {name: MulticlassAccuracy(classes, top_k=k, average="micro") for name, k in ranks.items()}
+        self.val_metrics = MetricCollection(accuracies, prefix="val/")
         self.test_metrics = self.val_metrics.clone(prefix="test/")
+        self.train_metrics = MetricCollection({"top1": MulticlassAccuracy(classes, average="micro")}, prefix="train/")
         self.test_confusion = MulticlassConfusionMatrix(classes)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """The loss of one batch, mixed if asked; the accuracy is on the heavier label's... unmixed labels."""
+        """The loss of one batch; of mixed images, train/top1 counts the label of the first."""
         images, labels = batch
         mixed, targets = self.mix(images, labels) if self.mix else (images, labels)
         logits = self(mixed)
@@ -117,7 +117,7 @@ class ClassificationTask(BaseTask):
         probabilities, classes = outputs.softmax(1).max(1)
         pictures = []
         for i, (image, index, probability) in enumerate(zip(self.pixels(images), classes, probabilities, strict=True)):
-            caption = f"{self.class_names[int(index)]} {float(probability):.0%}"
+            caption = f"{self.class_names[int(index)]} ({float(probability):.0%})"
             if not isinstance(labels, Tensor):
                 pictures.append(Picture(image, f"{labels[i]}\n{caption}"))
                 continue

@@ -182,7 +182,7 @@ def test_include_and_exclude_are_name_patterns():
     assert report.replaced == ["blocks.0.conv2"]
     assert report.left["blocks.1.conv2"] == "excluded by '*.1.conv2'"
     assert report.left["blocks.2.conv2"] == "not named by include"
-    with pytest.raises(ValueError, match="include='block.*' matches no spatial convolution"):
+    with pytest.raises(ValueError, match=r"include='block\..*' matches no spatial convolution"):
         slimify(model, include="block.*.conv2")
 
 

@@ -1,0 +1,183 @@
+"""Backbones by name: our own, `torchvision:NAME` and `timm:NAME`."""
+
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import cache, partial
+from typing import Any, TypeAlias
+
+import torchvision
+from torch import nn
+
+from slimconv_lit.backbones.cifar_resnet import CifarResNet, cifar_stem
+from slimconv_lit.backbones.dilation import dilate
+from slimconv_lit.backbones.features import FeatureMaps, without_head
+from slimconv_lit.backbones.stages import stage_ends, watch
+from slimconv_lit.ops import OperatorLike
+from slimconv_lit.surgery import substitute
+
+Patterns: TypeAlias = str | Sequence[str] | None
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A network of our own.
+
+    Attributes:
+        build: Called as `build(num_classes=..., in_channels=..., **options)`.
+        input_size: Height and width in pixels of the images that it was made for.
+        num_classes: Classes of the data set that it was made for.
+        substitution: What `substitute` is given with an operator, unless the caller says otherwise.
+    """
+
+    build: Callable[..., nn.Module]
+    input_size: int = 224
+    num_classes: int = 1000
+    substitution: dict[str, Any] = field(default_factory=dict)
+
+
+CIFAR_STEM = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d")
+
+OWN: dict[str, Backbone] = {
+    # Their first stage is 16 wide, below what `substitute` takes for a stem; the real stem reads the image.
+    **{
+        f"cifar_resnet{depth}": Backbone(partial(CifarResNet, depth), 32, 100, {"min_channels": 16})
+        for depth in (20, 32, 44, 56, 110)
+    },
+    **{
+        f"cifar_{name}": Backbone(partial(cifar_stem, getattr(torchvision.models, name)), 32, 100)
+        for name in CIFAR_STEM
+    },
+}
+
+# As `Backbone.substitution`, for the networks of libraries.
+LIBRARY_SUBSTITUTION: dict[str, dict[str, Any]] = {
+    # SlimConv's Table III leaves the shortcut branch of the units with stride alone.
+    "torchvision:shufflenet_v2_*": {"exclude": "*.branch1.*"},
+}
+
+# Classifiers beside the network's own would make its output in training a tuple.
+TORCHVISION_OPTIONS: dict[str, dict[str, Any]] = {
+    "googlenet": {"aux_logits": False, "init_weights": True},
+    "inception_v3": {"aux_logits": False, "init_weights": True},
+}
+
+
+def create_backbone(
+    name: str,
+    operator: OperatorLike | None = None,
+    num_classes: int = 1000,
+    in_channels: int = 3,
+    *,
+    features_only: bool = False,
+    output_stride: int = 32,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    min_channels: int | None = None,
+    **options: Any,
+) -> nn.Module:
+    """A network by name, with an operator in the place of its spatial convolutions.
+
+    Args:
+        name: One of `list_backbones()`: a network of our own ("cifar_resnet56"), "torchvision:resnet50" or
+            "timm:resnet50d".
+        operator: What `substitute` takes; None leaves the network plain. What was done is in `model.substitution`.
+        num_classes: Width of the classifier. With `features_only` there is none.
+        in_channels: Channels of the images. A network of torchvision's gets a new first convolution if it is not 3.
+        features_only: Return the network without its head: it maps images to the list of its feature maps, the last
+            one at each stride, and has `channels` and `strides`; see `FeatureMaps`.
+        output_stride: The largest stride of a map before the head: 8, 16, or 32 for the network as it is; see `dilate`.
+        include: As in `substitute`; None for the network's own rule.
+        exclude: As in `substitute`; None for the network's own rule.
+        min_channels: As in `substitute`; None for the network's own rule.
+        **options: More arguments of the network's builder, such as weights="DEFAULT" (torchvision) or
+            pretrained=True (timm). Pre-trained weights go with the builder's own num_classes.
+
+    Returns:
+        A module that maps (B, in_channels, H, W) to (B, num_classes), or to a list of feature maps.
+
+    Raises:
+        ValueError: If there is no such network (the message gives the nearest names), if it cannot be rewritten to
+            `output_stride` or cut before its head (the message says why), and as `substitute`.
+    """
+    classes = {} if features_only else {"num_classes": num_classes}
+    model = _build(name, in_channels, **classes, **options)
+    ends = stage_ends(watch(model)) if features_only else {}
+    dilate(model, output_stride)
+    # Of the stages that now share a stride, the last.
+    kept = {min(stride, output_stride): end for stride, end in ends.items()}
+    if features_only:
+        model = without_head(model, [end.name for end in kept.values()])
+    report = None
+    if operator is not None:
+        asked = {"include": include, "exclude": exclude, "min_channels": min_channels}
+        rule = substitution_rule(name) | {key: value for key, value in asked.items() if value is not None}
+        # After the cut, so that the maps that a head will read are outputs, and keep their width.
+        report = substitute(model, operator, **rule)
+    if features_only:
+        model = FeatureMaps(model, [end.output[1] for end in kept.values()], list(kept))
+    if report is not None:
+        model.substitution = report  # type: ignore[assignment]
+    return model
+
+
+def list_backbones(pattern: str = "*") -> list[str]:
+    """Names of backbones that match a pattern (`fnmatch`), sorted, our own first.
+
+    timm has more than a thousand: they are listed only if the pattern begins with "timm:". torchvision's transformers
+    are left out, for they have no convolutions to rewrite.
+    """
+    if pattern.startswith("timm:"):
+        names = _timm_names()
+    else:
+        names = [*sorted(OWN), *_torchvision_names()]
+    return [name for name in names if fnmatchcase(name, pattern)]
+
+
+def substitution_rule(name: str) -> dict[str, Any]:
+    """What `substitute` is given for the network `name` by default: include, exclude, min_channels, as far as needed."""
+    if name in OWN:
+        return OWN[name].substitution
+    return next((rule for pattern, rule in LIBRARY_SUBSTITUTION.items() if fnmatchcase(name, pattern)), {})
+
+
+def input_size(name: str) -> int:
+    """Height and width in pixels of the images that the network `name` was made for (its default weights' if any)."""
+    library, _, bare = name.rpartition(":")
+    if name in OWN:
+        return OWN[name].input_size
+    if library == "timm":
+        import timm
+
+        config = timm.get_pretrained_cfg(bare)
+        return int(config.input_size[-1]) if config else 224
+    weights = torchvision.models.get_model_weights(bare)
+    # `transforms` is a partial, whose arguments no other attribute of the weights tells.
+    return int(weights.DEFAULT.transforms.keywords["crop_size"])
+
+
+def _build(name: str, in_channels: int, **options: Any) -> nn.Module:
+    library, _, bare = name.rpartition(":")
+    if name in OWN:
+        return OWN[name].build(in_channels=in_channels, **options)
+    if library == "torchvision" and name in _torchvision_names(all_of_them=True):
+        model = torchvision.models.get_model(bare, **(TORCHVISION_OPTIONS.get(bare, {}) | options))
+        if in_channels != 3:
+            _read_channels(model, in_channels)
+        return model
+    if library == "timm":
+        import timm
+
+        if timm.is_model(bare):
+            return timm.create_model(bare, in_chans=in_channels, **options)
+    raise ValueError(_unknown(name))
+
+
+def _read_channels(model: nn.Module, in_channels: int) -> None:
+    name, old = next((name, m) for name, m in model.named_modules() if isinstance(m, nn.Conv2d))
+    arguments = (old.kernel_size, old.stride, old.padding, old.dilation, old.groups, old.bias is not None)
+    new = nn.Conv2d(in_channels, old.out_channels, *arguments)  # type: ignore[arg-type]
+    nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)

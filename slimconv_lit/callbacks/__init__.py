@@ -1,0 +1,11 @@
+"""Lightning callbacks: the run folder, pictures, predictions, class reports.
+
+`slimconv_lit.callbacks.bolts` is left out on purpose: importing it brings in a frozen package.
+"""
+
+from slimconv_lit.callbacks.class_report import ClassReport
+from slimconv_lit.callbacks.predictions import PredictionWriter
+from slimconv_lit.callbacks.run_folder import RunFolder
+from slimconv_lit.callbacks.visualize import Visualize
+
+__all__ = ["ClassReport", "PredictionWriter", "RunFolder", "Visualize"]

@@ -1,0 +1,64 @@
+"""`python -m slimconv_lit VERB`: finds the verb. Nothing heavy is imported before one is known."""
+
+import sys
+from collections.abc import Sequence
+
+LIGHTNING_VERBS = {
+    "fit": "train, then test the best checkpoint",
+    "validate": "run the validation set through a checkpoint",
+    "test": "run the test set through a checkpoint",
+    "predict": "write what a checkpoint says of images",
+}
+TOOL_VERBS = {
+    "compare": "train a config plain and slim, and put both in one table",
+    "models": "list the networks that a config can name",
+    "profile": "count parameters and multiply-accumulates of a network, layer by layer",
+}
+
+USAGE = "\n".join(
+    [
+        "usage: python -m slimconv_lit VERB [options]; `VERB --help` lists the options of one",
+        "",
+        *(f"  {verb:<9} {what}" for verb, what in (LIGHTNING_VERBS | TOOL_VERBS).items()),
+        "",
+        "first steps:",
+        "  python -m slimconv_lit fit --config quickstart.yaml",
+        "  python -m slimconv_lit fit --config quickstart.yaml --model.operator=SlimConv2d --model.operator.k=8/3",
+        "  python -m slimconv_lit test --ckpt_path best",
+    ]
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line (`sys.argv`'s by default); returns the exit status, 2 for a mistake in it."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    verb, *rest = words
+    if verb not in LIGHTNING_VERBS | TOOL_VERBS:
+        import difflib
+
+        near = difflib.get_close_matches(verb, LIGHTNING_VERBS | TOOL_VERBS, n=1)
+        print(f"error: there is no verb {verb!r}{f'; did you mean {near[0]!r}?' if near else ''}\n", file=sys.stderr)
+        print(USAGE, file=sys.stderr)
+        return 2
+    return _run(verb, rest)
+
+
+def _run(verb: str, argv: list[str]) -> int:
+    from slimconv_lit.errors import UsageError
+
+    try:
+        if verb in LIGHTNING_VERBS:
+            from slimconv_lit.lightning_cli import run
+
+            run(verb, argv)
+        else:
+            from slimconv_lit.tool_verbs import run_tool
+
+            run_tool(verb, argv)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

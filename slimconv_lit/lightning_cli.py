@@ -1,0 +1,210 @@
+"""fit, validate, test and predict: LightningCLI with run folders, composed configs and checkpoints that are enough."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from pytorch_lightning import Trainer
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint, ProgressBar, TQDMProgressBar
+from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
+from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.utilities import rank_zero_only
+
+from slimconv_lit.analysis.complexity import macs, params
+from slimconv_lit.callbacks import ClassReport, PredictionWriter, RunFolder, Visualize
+from slimconv_lit.callbacks.run_folder import make_checkpoint, make_loggers, new_run_folder
+from slimconv_lit.config_files import Config, compose
+from slimconv_lit.data import BaseDataModule
+from slimconv_lit.errors import UsageError, explain
+from slimconv_lit.quiet import quieten
+from slimconv_lit.tables import format_table
+from slimconv_lit.tasks import BaseTask
+
+# Arguments of the task that only the datamodule knows, and where they come from.
+_LINKS = {"num_classes": ("data.num_classes", None), "in_channels": ("data.input_size", lambda size: size[0])}
+
+
+class Parser(LightningArgumentParser):
+    """A parser that raises its mistakes, so that they can be explained with all that is known of the command line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raises `UsageError`."""
+        if self.exit_on_error:
+            raise UsageError(message) from ex
+        # The parsers inside the parser try one type after the other and count on their own kind of error.
+        super().error(message, ex)
+
+
+class SlimCLI(LightningCLI):
+    """One verb of Lightning's, with its run folder.
+
+    Args:
+        verb: fit, validate, test or predict; only its parser is built.
+        args: The verb's command line; the config is already composed and `--ckpt_path` is a file.
+    """
+
+    run_folder: RunFolder | None = None
+    results: dict[str, Any]
+
+    def __init__(self, verb: str, args: Sequence[str]) -> None:
+        self.verb = verb
+        self.results = {}
+        try:
+            super().__init__(
+                BaseTask,
+                BaseDataModule,
+                save_config_callback=None,
+                seed_everything_default=0,
+                parser_class=Parser,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                auto_configure_optimizers=False,
+                args=[verb, *args],
+            )
+        finally:
+            # A W&B run that is left open would take in the next one of this process.
+            for logger in self.trainer.loggers if hasattr(self, "trainer") else ():
+                if isinstance(logger, WandbLogger):
+                    logger.experiment.finish()
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The verb alone: building all four parsers takes four times as long."""
+        return {self.verb: super().subcommands()[self.verb]}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The options of the run folder, and what the task learns from the datamodule."""
+        parser.add_argument("--name", type=str | None, help="Name of the run; by default that of the config file.")
+        parser.add_argument("--run_root", type=str, default="runs", help="Folder of all runs.")
+        parser.add_argument(
+            "--logger", type=str, default="tensorboard", help="Besides metrics.csv: tensorboard, wandb, or both."
+        )
+        if self.verb == "fit":
+            parser.add_argument("--test_after", type=bool, default=True, help="Test the best checkpoint at the end.")
+        for target, (source, compute) in _LINKS.items():
+            parser.link_arguments(source, f"model.init_args.{target}", compute_fn=compute, apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parses `args` alone; Lightning's own version also looks at `sys.argv`.
+
+        Raises:
+            UsageError: With the accepted name that is closest to a wrong one.
+        """
+        try:
+            self.config = parser.parse_args(args)
+        except UsageError as error:
+            options = self._parser(self.verb).get_defaults().keys()
+            raise UsageError(explain(str(error), list(options), args)) from error
+
+    def _parse_ckpt_path(self) -> None:
+        # Lightning would let the checkpoint's hyperparameters beat the command line; see `compose`.
+        pass
+
+    def instantiate_classes(self) -> None:
+        """Builds datamodule, task and trainer.
+
+        Raises:
+            UsageError: With what a constructor had against its values.
+        """
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            if "Errors:" not in str(error) or os.environ.get("JSONARGPARSE_DEBUG"):
+                raise
+            hint = "\n(JSONARGPARSE_DEBUG=1 shows where it was raised)"
+            raise UsageError(explain(str(error).partition("Given value")[0]) + hint) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """A trainer with the run's folder, loggers and callbacks, besides those that the user asked for."""
+        own = self.config_init[self.verb]
+        trainer = own["trainer"]
+        callbacks = trainer["callbacks"] or []
+        callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
+        if not trainer["fast_dev_run"]:
+            path = new_run_folder(Path(own["run_root"]), own["name"] or self.verb, self.verb)
+            self.run_folder = RunFolder(path, self.full_config())
+            callbacks = self._own_callbacks(callbacks) + callbacks
+            if trainer["logger"] in (None, True):
+                kwargs["logger"] = make_loggers(own["logger"], path)
+        if trainer["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            # Lightning would take rich's bar wherever that package happens to be installed.
+            callbacks.append(TQDMProgressBar())
+        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+
+    def _own_callbacks(self, given: Sequence[Callback]) -> list[Callback]:
+        assert self.run_folder
+        checkpoint = not any(isinstance(c, ModelCheckpoint) for c in given)
+        match self.verb:
+            case "fit" if checkpoint and self.config_init["fit"]["trainer"]["enable_checkpointing"] is not False:
+                saver = make_checkpoint(self.run_folder.path, self.model.monitor, self.model.monitor_mode)
+                return [self.run_folder, Visualize(), ClassReport(), saver]
+            case "predict":
+                return [self.run_folder, PredictionWriter()]
+            case _:
+                return [self.run_folder, Visualize(), ClassReport()]
+
+    def full_config(self) -> Config:
+        """All values in force, the linked ones too, fit to be a config file."""
+        parser = self._parser(self.verb)
+        text = parser.dump(self.config[self.verb], skip_link_targets=False, skip_none=False, format="yaml")
+        config: Config = yaml.safe_load(text)
+        for target in _LINKS:
+            config["model"]["init_args"][target] = self.model.hparams.get(target)
+        # The file is a recipe, not a resumption.
+        config["ckpt_path"] = None
+        return config
+
+    def predict(self, **kwargs: Any) -> None:
+        """Predicts; a callback writes each batch, so none is kept in memory."""
+        self.trainer.predict(**kwargs | {"return_predictions": False})
+
+    def after_fit(self) -> None:
+        """Tests the best checkpoint, prints one table and writes results.json."""
+        own, folder = self.config_init["fit"], self.run_folder
+        if not own["test_after"] or folder is None:
+            return
+        best = getattr(self.trainer.checkpoint_callback, "best_model_path", "") or None
+        tested = self.trainer.test(self.model, self.datamodule, ckpt_path=best, verbose=False)
+        h = self.model.hparams
+        operator = h["operator"]
+        network = h["backbone"]
+        if operator:
+            network += " + " + operator["class_path"].rpartition(".")[2]
+        self.results = {
+            "network": network,
+            **{key: value for metrics in tested for key, value in metrics.items()},
+            "params": params(self.model.model),
+            "macs": macs(self.model.model, self.datamodule.input_size),
+            "seconds": round(folder.seconds, 1),
+        }
+        folder.write_results(self.results)
+        self._print()
+
+    @rank_zero_only
+    def _print(self) -> None:
+        assert self.run_folder
+        print(format_table([percent(self.results)]))
+        print(f"run folder: {self.run_folder.path}")
+
+
+def percent(results: Config) -> Config:
+    """`results` with fractions of the test set as percentages, for a table."""
+    return {
+        (f"{key} %" if key.startswith("test/") else key): (round(100 * v, 2) if key.startswith("test/") else v)
+        for key, v in results.items()
+    }
+
+
+def run(verb: str, argv: Sequence[str]) -> SlimCLI:
+    """Runs one of Lightning's verbs and hands back all that took part.
+
+    Raises:
+        UsageError: If the command line or a configuration is wrong.
+    """
+    quieten(verb)
+    try:
+        args = compose(verb, argv)
+    except (FileNotFoundError, ValueError) as error:
+        raise UsageError(str(error)) from error
+    return SlimCLI(verb, args)

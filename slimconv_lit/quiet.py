@@ -1,0 +1,31 @@
+"""Silences what is known to be harmless, one message at a time and each with its reason."""
+
+import logging
+import warnings
+
+_WARNINGS = {
+    # Lightning 2.6 asks torch 2.12+ in the old way whether a tree is a leaf; the answer is the same.
+    r".*isinstance\(treespec, LeafSpec\).*": FutureWarning,
+}
+_MESSAGES = (
+    # Advertisements of other products.
+    "try installing [litlogger]",
+    "try installing [litmodels]",
+    # The schedules count steps, so the loader is always asked for its length.
+    "Loading `train_dataloader` to estimate number of stepping batches",
+)
+
+
+def _wanted(record: logging.LogRecord) -> bool:
+    return not any(part in record.getMessage() for part in _MESSAGES)
+
+
+def quieten(verb: str) -> None:
+    """Installs the filters for one of Lightning's verbs; calling it again changes nothing."""
+    for message, category in _WARNINGS.items():
+        warnings.filterwarnings("ignore", message=message, category=category)
+    # The logger behind every `rank_zero_info` and `rank_zero_warn`.
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(_wanted)
+    if verb != "fit":
+        # Only a fit that goes on needs the callbacks that the checkpoint was made with.
+        warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint need to be provided.*")
