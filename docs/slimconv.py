@@ -24,17 +24,17 @@ def channels(ax, x, y, count, colours, height=0.21, width=0.5):
 
 
 def box(ax, x, y, text, colour, width=1.25, height=0.6):
-    ax.add_patch(
-        FancyBboxPatch((x, y - height / 2), width, height, boxstyle="round,pad=0.02,rounding_size=0.1", fc="white", ec=colour, lw=1.6)
-    )  # fmt: skip
+    shape = "round,pad=0.02,rounding_size=0.1"
+    ax.add_patch(FancyBboxPatch((x, y - height / 2), width, height, boxstyle=shape, fc="white", ec=colour, lw=1.6))
     ax.text(x + width / 2, y, text, ha="center", va="center", color=INK, fontsize=9.5)
     return x + width
 
 
 def arrow(ax, start, end, colour=INK, curve=0.0):
+    bend = f"arc3,rad={curve}"
     ax.add_patch(
-        FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=11, color=colour, lw=1.4, connectionstyle=f"arc3,rad={curve}")
-    )  # fmt: skip
+        FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=11, color=colour, lw=1.4, connectionstyle=bend)
+    )
 
 
 def main():

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from slimconv_lit.backbones import create_backbone as create_backbone
+    from slimconv_lit.backbones import load_weights as load_weights
     from slimconv_lit.data import CIFAR100DataModule as CIFAR100DataModule
     from slimconv_lit.data import DigitsDataModule as DigitsDataModule
     from slimconv_lit.data import ImageNetDataModule as ImageNetDataModule
@@ -25,6 +26,7 @@ _HOMES = {
     "Report": "surgery",
     "SlimConv2d": "ops",
     "create_backbone": "backbones",
+    "load_weights": "backbones",
     "slimify": "surgery",
     "substitute": "surgery",
 }

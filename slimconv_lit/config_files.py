@@ -73,7 +73,7 @@ def _load_named(name: str, by: Path) -> Config:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Config:
-    """`base` with `over` laid on top, key by key; another class does not inherit the arguments of the one it replaces."""
+    """`base` with `over` laid on top, key by key; a class inherits no arguments from another that it replaces."""
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
@@ -98,6 +98,9 @@ def checkpoint_config(path: Path) -> Config:
     for part, key in (("model", "hyper_parameters"), ("data", "datamodule_hyper_parameters")):
         init_args = dict(checkpoint.get(key) or {})
         init_args.pop("_instantiator", None)
+        for pretrained in ("weights", "pretrained"):
+            # The checkpoint's own weights come over them, so they need not be fetched.
+            (init_args.get("backbone_options") or {}).pop(pretrained, None)
         if class_path := init_args.pop("_class_path", None):
             config[part] = {"class_path": class_path, "init_args": init_args}
     return config
@@ -159,6 +162,6 @@ def compose(verb: str, argv: Sequence[str]) -> list[str]:
         config = merge(carried, config)
         name = name or (run.parent.name if checkpoint.parent.name == "checkpoints" else None)
         rest.append(f"--ckpt_path={checkpoint}")
-    elif verb != "fit":
+    elif verb != "fit" and not re.search("weights|pretrained", " ".join([json.dumps(config), *rest])):
         raise ValueError(f"{verb} needs --ckpt_path: a file, or `last` or `best` for that of the newest run")
     return ["--config", json.dumps(config), *rest, f"--name={name or verb}", f"--run_root={root}"]

@@ -32,7 +32,8 @@ _ASIDES = ("Expected a path but", "Does not validate", "Subtypes:", "Errors:", "
 def _family(root: type) -> list[type]:
     members = [root]
     for cls in members:
-        members.extend(sub for sub in cls.__subclasses__() if sub not in members)
+        children: list[type] = cls.__subclasses__()
+        members.extend(child for child in children if child not in members)
     return members
 
 

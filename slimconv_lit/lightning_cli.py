@@ -1,16 +1,15 @@
 """fit, validate, test and predict: LightningCLI with run folders, composed configs and checkpoints that are enough."""
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
 from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint, ProgressBar, TQDMProgressBar
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import WandbLogger
-from pytorch_lightning.utilities import rank_zero_only
 
 from slimconv_lit.analysis.complexity import macs, params
 from slimconv_lit.callbacks import ClassReport, PredictionWriter, RunFolder, Visualize
@@ -91,11 +90,12 @@ class SlimCLI(LightningCLI):
         Raises:
             UsageError: With the accepted name that is closest to a wrong one.
         """
+        words = [str(word) for word in args or ()]
         try:
-            self.config = parser.parse_args(args)
+            self.config = parser.parse_args(words)
         except UsageError as error:
             options = self._parser(self.verb).get_defaults().keys()
-            raise UsageError(explain(str(error), list(options), args)) from error
+            raise UsageError(explain(str(error), list(options), words)) from error
 
     def _parse_ckpt_path(self) -> None:
         # Lightning would let the checkpoint's hyperparameters beat the command line; see `compose`.
@@ -147,8 +147,8 @@ class SlimCLI(LightningCLI):
     def full_config(self) -> Config:
         """All values in force, the linked ones too, fit to be a config file."""
         parser = self._parser(self.verb)
-        text = parser.dump(self.config[self.verb], skip_link_targets=False, skip_none=False, format="yaml")
-        config: Config = yaml.safe_load(text)
+        text = parser.dump(self.config[self.verb], skip_link_targets=False, skip_none=False, format="json")
+        config: Config = json.loads(text)
         for target in _LINKS:
             config["model"]["init_args"][target] = self.model.hparams.get(target)
         # The file is a recipe, not a resumption.
@@ -165,35 +165,34 @@ class SlimCLI(LightningCLI):
         if not own["test_after"] or folder is None:
             return
         best = getattr(self.trainer.checkpoint_callback, "best_model_path", "") or None
-        tested = self.trainer.test(self.model, self.datamodule, ckpt_path=best, verbose=False)
-        h = self.model.hparams
-        operator = h["operator"]
-        network = h["backbone"]
-        if operator:
-            network += " + " + operator["class_path"].rpartition(".")[2]
+        (tested,) = self.trainer.test(self.model, self.datamodule, ckpt_path=best, verbose=False)
         self.results = {
-            "network": network,
-            **{key: value for metrics in tested for key, value in metrics.items()},
+            "network": describe_network(self.model.hparams),
+            **tested,
             "params": params(self.model.model),
             "macs": macs(self.model.model, self.datamodule.input_size),
             "seconds": round(folder.seconds, 1),
         }
-        folder.write_results(self.results)
-        self._print()
-
-    @rank_zero_only
-    def _print(self) -> None:
-        assert self.run_folder
-        print(format_table([percent(self.results)]))
-        print(f"run folder: {self.run_folder.path}")
+        if self.trainer.is_global_zero:
+            (folder.path / "results.json").write_text(json.dumps(self.results, indent=2) + "\n")
+            print(f"\n{format_table([summary(self.results, self.model.monitor)])}\n\nin {folder.path}")
 
 
-def percent(results: Config) -> Config:
-    """`results` with fractions of the test set as percentages, for a table."""
-    return {
-        (f"{key} %" if key.startswith("test/") else key): (round(100 * v, 2) if key.startswith("test/") else v)
-        for key, v in results.items()
-    }
+def describe_network(hparams: Mapping[str, Any]) -> str:
+    """A network in a few words: "cifar_resnet20 + SlimConv2d k=4/3"."""
+    operator = hparams["operator"]
+    if not operator:
+        return str(hparams["backbone"])
+    k = operator["init_args"].get("k", "")
+    shown = f" k={k:.4g}" if isinstance(k, float) else f" k={k}" if k else ""
+    return f"{hparams['backbone']} + {operator['class_path'].rpartition('.')[2]}{shown}"
+
+
+def summary(results: Mapping[str, Any], monitor: str) -> dict[str, Any]:
+    """`results` for a table: of the test's metrics the one that checkpoints are chosen by, in percent."""
+    score = f"test/{monitor.partition('/')[2]}"
+    kept = {key: value for key, value in results.items() if key == score or not key.startswith("test/")}
+    return {(f"{k} %" if k == score else k): (round(100 * v, 2) if k == score else v) for k, v in kept.items()}
 
 
 def run(verb: str, argv: Sequence[str]) -> SlimCLI:

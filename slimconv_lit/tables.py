@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
+from math import floor, isfinite, log10
 from typing import Literal, TypeAlias
 
 TableRows: TypeAlias = Sequence[Mapping[str, object]]
@@ -15,8 +16,9 @@ TableStyle: TypeAlias = Literal["table", "csv", "json", "md"]
 def format_table(rows: TableRows, style: TableStyle = "table") -> str:
     """Rows as text without a final newline; a column for every key, in the order in which the keys first appear.
 
-    "table" (for a terminal) and "md" (GitHub Markdown) are for reading: numbers to the right, thousands separated,
-    floats to four digits, nothing for `None` or a missing key. "csv" and "json" are for programs: values as they are.
+    "table" (for a terminal) and "md" (GitHub Markdown) are for reading: numbers to the right, thousands separated, as
+    many decimals as give a column's largest number four digits, nothing for `None` or a missing key. "csv" and "json"
+    are for programs: values as they are.
 
     Raises:
         ValueError: If `style` is unknown.
@@ -35,10 +37,18 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _cell(value: object) -> str:
+def _decimals(values: list[object]) -> int | None:
+    """How many decimals give a column's largest number four digits; None where its smallest would be lost."""
+    sizes = [abs(float(value)) for value in values if isinstance(value, (int, float)) and value and isfinite(value)]
+    if not sizes:
+        return 0
+    decimals = max(0, 3 - max(0, floor(log10(max(sizes)))) + (max(sizes) < 1))
+    return decimals if min(sizes) >= 10**-decimals else None
+
+
+def _cell(value: object, decimals: int | None) -> str:
     if isinstance(value, float):
-        # Four digits of a small number; never an exponent for one that has many digits before the point.
-        return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:,.4g}"
+        return f"{value:,.4g}" if decimals is None else f"{value:,.{decimals}f}"
     text = "" if value is None else f"{value:,}" if _is_number(value) else str(value)
     return " ".join(text.split("\n"))
 
@@ -46,11 +56,12 @@ def _cell(value: object) -> str:
 def _aligned(rows: TableRows, escape: bool = False) -> tuple[list[list[str]], list[bool]]:
     """Cells padded to their column's width, the header first, and whether each column holds numbers."""
     columns = _columns(rows)
-    cells = [columns] + [[_cell(row.get(column)) for column in columns] for row in rows]
-    if escape:
-        cells = [[cell.replace("|", "\\|") for cell in line] for line in cells]
     values = [[row[column] for row in rows if row.get(column) is not None] for column in columns]
     numeric = [bool(column) and all(map(_is_number, column)) for column in values]
+    decimals = [_decimals(column) for column in values]
+    cells = [columns] + [[_cell(row.get(c), d) for c, d in zip(columns, decimals, strict=True)] for row in rows]
+    if escape:
+        cells = [[cell.replace("|", "\\|") for cell in line] for line in cells]
     # A Markdown delimiter cell needs three characters.
     widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
     pad = [str.rjust if number else str.ljust for number in numeric]

@@ -12,16 +12,22 @@ without padding) the missing pixels are added on the right and at the bottom, wh
 
 from dataclasses import dataclass
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from slimconv_lit.backbones.stages import Call, stage_ends, watch
-from slimconv_lit.ops.base import Size, pair
+from slimconv_lit.ops import base
 from slimconv_lit.surgery.trace import shadow_of
 
 OUTPUT_STRIDES = (8, 16, 32)
+
+
+def pair(size: Any) -> tuple[int, int]:
+    """`ops.base.pair` for what torch's layers hold, which is typed more loosely."""
+    return base.pair(size)
 
 
 class PaddedConv2d(nn.Conv2d):
@@ -70,12 +76,12 @@ class DilatedPool2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, H, W) to (B, C, H', W')."""
         (high, wide), (bottom, right) = self.padding, self.fill
-        own, more = (wide, wide, high, high), (0, right, 0, bottom)
+        pad = (wide, wide + right, high, high + bottom)
         if self.is_max:
-            padded = functional.pad(functional.pad(x, own, value=-torch.inf), more, value=-torch.inf)
+            padded = functional.pad(x, pad, value=-torch.inf)
             return functional.max_pool2d(padded, self.kernel_size, self.stride, 0, self.dilation)
-        counted = functional.pad(functional.pad(torch.ones_like(x[:1, :1]), own, value=float(self.counts_padding)), more)
-        return self._sum(functional.pad(functional.pad(x, own), more)) / self._sum(counted)
+        counted = functional.pad(torch.ones_like(x[:1, :1]), (wide, wide, high, high), value=float(self.counts_padding))
+        return self._sum(functional.pad(x, pad)) / self._sum(functional.pad(counted, (0, right, 0, bottom)))
 
     def _sum(self, x: Tensor) -> Tensor:
         for axis, kernel, stride, step in zip((2, 3), self.kernel_size, self.stride, self.dilation, strict=True):
@@ -165,14 +171,15 @@ def _rewrite(layer: nn.Module, edit: _Edit) -> nn.Module:
     padding = (0, 0) if isinstance(layer.padding, str) else pair(layer.padding)
     dilation = (1, 1) if isinstance(layer, nn.AvgPool2d) else pair(layer.dilation)
     short = [d * (k - 1) - 2 * p for d, k, p in zip(dilation, kernel, padding, strict=True)]
-    bottom, right = (f * pixels if new < old else 0 for pixels, new, old in zip(short, edit.stride, stride, strict=True))
-    if type(layer) in (nn.MaxPool2d, nn.AvgPool2d):
-        return DilatedPool2d(layer, edit.stride, f, (bottom, right))  # type: ignore[arg-type]
+    bottom, right = (f * missing * (new < old) for missing, new, old in zip(short, edit.stride, stride, strict=True))
+    if not isinstance(layer, nn.Conv2d) and type(layer) in (nn.MaxPool2d, nn.AvgPool2d):
+        return DilatedPool2d(layer, edit.stride, f, (bottom, right))
     layer.stride = edit.stride
     if not isinstance(layer, nn.AvgPool2d):
         layer.dilation = f * dilation[0], f * dilation[1]
     if not isinstance(layer.padding, str):
         layer.padding = f * padding[0], f * padding[1]
     # timm's "same" layers have a forward pass of their own, which pads by stride and dilation as it runs.
-    own_forward = type(layer).forward is not nn.Conv2d.forward
-    return PaddedConv2d(layer, (bottom, right)) if (bottom or right) and not own_forward else layer  # type: ignore[arg-type]
+    if isinstance(layer, nn.Conv2d) and type(layer).forward is nn.Conv2d.forward and (bottom or right):
+        return PaddedConv2d(layer, (bottom, right))
+    return layer

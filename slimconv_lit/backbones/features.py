@@ -1,8 +1,8 @@
 """A backbone's feature maps in the place of its logits, by one rule for all families (`stages.stage_ends`)."""
 
 from collections.abc import Sequence
+from typing import Any
 
-import timm.layers
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -37,8 +37,12 @@ def without_head(model: nn.Module, ends: Sequence[str]) -> nn.Module:
     Raises:
         ValueError: If torch.fx cannot follow the forward pass.
     """
-    leaves = [PaddedConv2d, DilatedPool2d, *operator_classes().values(), *timm.layers.get_notrace_modules()]
-    tracer = {"leaf_modules": leaves, "autowrap_functions": timm.layers.get_notrace_functions()}
+    # Slow to import; only here is it needed by networks that are not timm's.
+    import timm.layers
+
+    fx: Any = timm.layers
+    leaves = [PaddedConv2d, DilatedPool2d, *operator_classes().values(), *fx.get_notrace_modules()]
+    tracer = {"leaf_modules": leaves, "autowrap_functions": fx.get_notrace_functions()}
     try:
         return create_feature_extractor(model, list(ends), tracer_kwargs=tracer, suppress_diff_warning=True)
     except Exception as error:

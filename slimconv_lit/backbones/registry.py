@@ -1,7 +1,8 @@
 """Backbones by name: our own, `torchvision:NAME` and `timm:NAME`."""
 
 import difflib
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache, partial
@@ -128,41 +129,65 @@ def list_backbones(pattern: str = "*") -> list[str]:
     timm has more than a thousand: they are listed only if the pattern begins with "timm:". torchvision's transformers
     are left out, for they have no convolutions to rewrite.
     """
-    if pattern.startswith("timm:"):
-        names = _timm_names()
-    else:
-        names = [*sorted(OWN), *_torchvision_names()]
+    names = _timm_names() if pattern.startswith("timm:") else [*_own_names(), *_torchvision_names()]
     return [name for name in names if fnmatchcase(name, pattern)]
 
 
 def substitution_rule(name: str) -> dict[str, Any]:
-    """What `substitute` is given for the network `name` by default: include, exclude, min_channels, as far as needed."""
+    """The include, exclude and min_channels that `substitute` gets for the network `name` by default."""
     if name in OWN:
         return OWN[name].substitution
     return next((rule for pattern, rule in LIBRARY_SUBSTITUTION.items() if fnmatchcase(name, pattern)), {})
 
 
-def input_size(name: str) -> int:
-    """Height and width in pixels of the images that the network `name` was made for (its default weights' if any)."""
-    library, _, bare = name.rpartition(":")
+def made_for(name: str) -> tuple[int, int]:
+    """The images that the network `name` was made for: their height and width in pixels, and their classes.
+
+    For a library's network that is the size of its default weights, and ImageNet's 1,000 classes.
+
+    Raises:
+        ValueError: If there is no such network; the message gives the nearest names.
+    """
     if name in OWN:
-        return OWN[name].input_size
+        return OWN[name].input_size, OWN[name].num_classes
+    library, _, bare = name.rpartition(":")
+    if library == "torchvision" and bare in _torchvision_models():
+        # `transforms` is a partial; no other attribute of the weights tells the size.
+        transforms: Any = torchvision.models.get_model_weights(bare).DEFAULT.transforms
+        return int(transforms.keywords["crop_size"]), 1000
     if library == "timm":
         import timm
 
-        config = timm.get_pretrained_cfg(bare)
-        return int(config.input_size[-1]) if config else 224
-    weights = torchvision.models.get_model_weights(bare)
-    # `transforms` is a partial, whose arguments no other attribute of the weights tells.
-    return int(weights.DEFAULT.transforms.keywords["crop_size"])
+        if timm.is_model(bare):
+            config = timm.get_pretrained_cfg(bare)
+            return int(config.input_size[-1]) if config else 224, 1000
+    raise ValueError(unknown_backbone(name))
+
+
+def unknown_backbone(name: str) -> str:
+    """The message of an error about a network that does not exist, with the nearest names, of every library."""
+    library, _, bare = name.rpartition(":")
+    known = [full for full in [*_own_names(), *_torchvision_names(), *_timm_names()] if full.startswith(library)]
+    bares = {full.rpartition(":")[2] for full in known}
+    near = [bare] if bare in bares else difflib.get_close_matches(bare, sorted(bares), n=3, cutoff=0.6)
+    found = [full for close in near for full in known if full.rpartition(":")[2] == close]
+    if library not in ("", "torchvision", "timm"):
+        hint = "before the colon goes torchvision or timm"
+    elif found:
+        hint = f"did you mean {' or '.join(map(repr, found))}?"
+    else:
+        hint = "`python -m slimconv_lit models` lists them"
+    return f"backbone: there is no {name!r}; {hint}"
 
 
 def _build(name: str, in_channels: int, **options: Any) -> nn.Module:
     library, _, bare = name.rpartition(":")
     if name in OWN:
         return OWN[name].build(in_channels=in_channels, **options)
-    if library == "torchvision" and name in _torchvision_names(all_of_them=True):
-        model = torchvision.models.get_model(bare, **(TORCHVISION_OPTIONS.get(bare, {}) | options))
+    if library == "torchvision" and bare in _torchvision_models():
+        # Weights bring their own settings for these.
+        defaults = {} if options.get("weights") else TORCHVISION_OPTIONS.get(bare, {})
+        model = torchvision.models.get_model(bare, **(defaults | options))
         if in_channels != 3:
             _read_channels(model, in_channels)
         return model
@@ -171,7 +196,7 @@ def _build(name: str, in_channels: int, **options: Any) -> nn.Module:
 
         if timm.is_model(bare):
             return timm.create_model(bare, in_chans=in_channels, **options)
-    raise ValueError(_unknown(name))
+    raise ValueError(unknown_backbone(name))
 
 
 def _read_channels(model: nn.Module, in_channels: int) -> None:
@@ -181,3 +206,30 @@ def _read_channels(model: nn.Module, in_channels: int) -> None:
     nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new)
+
+
+def _natural(names: Iterable[str]) -> list[str]:
+    """Sorted with numbers as numbers: resnet18 before resnet101."""
+    return sorted(names, key=lambda name: re.sub(r"\d+", lambda number: number[0].zfill(9), name))
+
+
+def _own_names() -> list[str]:
+    return _natural(OWN)
+
+
+@cache
+def _torchvision_models() -> frozenset[str]:
+    return frozenset(torchvision.models.list_models(module=torchvision.models))
+
+
+@cache
+def _torchvision_names() -> list[str]:
+    transformers = ("vit_", "swin_", "maxvit")
+    return _natural(f"torchvision:{name}" for name in _torchvision_models() if not name.startswith(transformers))
+
+
+@cache
+def _timm_names() -> list[str]:
+    import timm
+
+    return _natural(f"timm:{name}" for name in timm.list_models())

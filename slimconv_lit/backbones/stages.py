@@ -16,7 +16,7 @@ IMAGE = 512
 STRIDES = (2, 4, 8, 16, 32)
 
 
-class WithoutWeights(TorchFunctionMode):  # type: ignore[no-untyped-call]
+class WithoutWeights(TorchFunctionMode):
     """Inside `with WithoutWeights():` a network is built in no time and no memory: its weights are meta tensors.
 
     `torch.device("meta")` does the same to every tensor, also to those from which some networks (RegNet) compute their
@@ -112,7 +112,9 @@ def stage_ends(calls: list[Call]) -> dict[int, Call]:
     layers = [call.name for call in calls if isinstance(call.module, (nn.Conv2d, nn.Linear))]
     head = layers[-1].split(".")[0] if layers else ""
     trunk = [call for call in calls if call.on_trunk and call.name.split(".")[0] != head]
-    kernels = [max((max(m.kernel_size) for m in c.module.modules() if isinstance(m, nn.Conv2d)), default=0) for c in trunk]
+    kernels = [
+        max((max(m.kernel_size) for m in c.module.modules() if isinstance(m, nn.Conv2d)), default=0) for c in trunk
+    ]
     spatial = [i for i, call in enumerate(trunk) if kernels[i] > 1 and not is_sequence(call.module)]
     runs = Counter(call.name for call in calls)
     ends: dict[int, Call] = {}

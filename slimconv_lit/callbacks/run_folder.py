@@ -1,15 +1,10 @@
 """One folder for one run: its configuration, metrics, checkpoints, pictures and results.
 
-    runs/<name>/<date-time>/
-        config.yaml     the whole configuration; `fit --config` takes it back
-        metrics.csv     every logged number
-        tensorboard/    the same as events
-        checkpoints/    best.ckpt and last.ckpt
-        pictures/       what the callbacks drew
-        results.json    what the best checkpoint reached on the test set
+runs/<name>/<date-time>/config.yaml is the whole configuration; `fit --config` takes it back. Beside it lie metrics.csv
+with every logged number, tensorboard/, checkpoints/best.ckpt and last.ckpt, pictures/ with what the callbacks drew, and
+results.json with what the best checkpoint reached on the test set.
 """
 
-import json
 import os
 import time
 from collections.abc import Mapping
@@ -19,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import yaml
+import yaml  # type: ignore[import-untyped]
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
@@ -35,7 +30,7 @@ def new_run_folder(root: Path, name: str, verb: str = "fit") -> Path:
     On any process but the first of a distributed run nothing is made: there the folder is known once `RunFolder`
     has been told it by the first.
     """
-    if rank_zero_only.rank:
+    if rank_zero_only.rank:  # type: ignore[attr-defined]
         return root / name / "pending"
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S") + ("" if verb == "fit" else f"-{verb}")
     for attempt in count(1):
@@ -127,8 +122,3 @@ class RunFolder(Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stops the clock."""
         self.seconds += time.perf_counter()
-
-    @rank_zero_only
-    def write_results(self, results: Mapping[str, Any]) -> None:
-        """Writes results.json."""
-        (self.path / "results.json").write_text(json.dumps(dict(results), indent=2) + "\n")

@@ -40,8 +40,8 @@ def save_figure(figure: Figure, path: Path, trainer: pl.Trainer) -> None:
     canvas = FigureCanvasAgg(figure)
     # The layout settles only in the second drawing where axes keep their aspect ratio.
     figure.draw_without_rendering()
-    canvas.print_png(path)
-    pixels = np.asarray(canvas.buffer_rgba())[..., :3]
+    canvas.print_png(path)  # type: ignore[no-untyped-call]
+    pixels = np.asarray(canvas.buffer_rgba())[..., :3]  # type: ignore[no-untyped-call]
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_image(f"pictures/{path.stem}", pixels, trainer.global_step, dataformats="HWC")
@@ -80,7 +80,7 @@ class Visualize(Callback):
             save_figure(contact_sheet(pictures), pictures_of(trainer) / "validation.png", trainer)
 
     def _fixed_batch(self, trainer: pl.Trainer) -> Any:
-        loaders = trainer.val_dataloaders
+        loaders: Any = trainer.val_dataloaders
         loader = loaders if isinstance(loaders, DataLoader) else next(iter(loaders))
         size = len(loader.dataset)  # type: ignore[arg-type]
         indices = np.linspace(0, size - 1, min(self.images, size)).round().astype(int)

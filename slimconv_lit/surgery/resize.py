@@ -63,6 +63,9 @@ def check_resize(layer: nn.Module, width: int, role: Role) -> None:
 class Edits:
     """Changes to a network that can be taken back in one step.
 
+    Each module that is put in or resized gets an attribute `rewritten`, so that whoever loads the plain network's
+    weights can tell it from a module of another network.
+
     Args:
         model: The network that is changed, in place.
     """
@@ -83,6 +86,7 @@ class Edits:
         before = parent.get_submodule(child)
         self._undo.append(functools.partial(setattr, parent, child, before))
         setattr(parent, child, module)
+        module.rewritten = True  # type: ignore[assignment]
 
     def resize(self, name: str, old: int, new: int, role: Role) -> None:
         """Narrows layer `name` from `old` to `new` channels on one side; it keeps the leading part of its weights.
@@ -91,6 +95,7 @@ class Edits:
         what it had learned belonged to other channels.
         """
         layer = self.model.get_submodule(name)
+        self._set(layer, {"rewritten": True})
         if isinstance(layer, nn.Linear):
             features = layer.in_features if role == "input" else layer.out_features
             size = features // old * new
@@ -112,7 +117,10 @@ class Edits:
 
     def _set(self, layer: nn.Module, values: dict[str, Any]) -> None:
         for key, value in values.items():
-            self._undo.append(functools.partial(setattr, layer, key, getattr(layer, key)))
+            if hasattr(layer, key):
+                self._undo.append(functools.partial(setattr, layer, key, getattr(layer, key)))
+            else:
+                self._undo.append(functools.partial(delattr, layer, key))
             setattr(layer, key, value)
 
     def _cut(self, layer: nn.Module, name: str, axis: int, size: int) -> None:

@@ -43,6 +43,7 @@ class BaseTask(pl.LightningModule):
         backbone: A name that `create_backbone` knows.
         operator: The operator in the place of the spatial convolutions: a class, a partial, a name or plain values.
             None leaves the backbone as it is.
+        backbone_options: More arguments of `create_backbone`: {"exclude": "layer1.*"}, {"weights": "DEFAULT"}.
         lr: Learning rate after warm-up.
         momentum: Momentum of SGD.
         weight_decay: Weight decay of SGD, on all parameters.
@@ -64,6 +65,7 @@ class BaseTask(pl.LightningModule):
         self,
         backbone: str,
         operator: OperatorArgument | None = None,
+        backbone_options: dict[str, Any] | None = None,
         lr: float = 0.1,
         momentum: float = 0.9,
         weight_decay: float = 1e-4,

@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 from torchvision.transforms import v2
 
@@ -53,7 +52,7 @@ class ClassificationTask(BaseTask):
         h = self.hparams
         operator = resolve_operator(h["operator"]) if h["operator"] else None
         return create_backbone(
-            h["backbone"], operator=operator, num_classes=h["num_classes"], in_channels=h["in_channels"]
+            h["backbone"], operator, h["num_classes"], h["in_channels"], **(h["backbone_options"] or {})
         )
 
     def build_loss(self) -> nn.Module:
@@ -64,7 +63,9 @@ class ClassificationTask(BaseTask):
         """Top-1, top-5 where that says something, and the test's confusion matrix."""
         classes = self.hparams["num_classes"]
         ranks = {"top1": 1, "top5": 5} if classes > 5 else {"top1": 1}
-        accuracies = {name: MulticlassAccuracy(classes, top_k=k, average="micro") for name, k in ranks.items()}
+        accuracies: dict[str, Metric | MetricCollection] = {
+            name: MulticlassAccuracy(classes, top_k=k, average="micro") for name, k in ranks.items()
+        }
         self.val_metrics = MetricCollection(accuracies, prefix="val/")
         self.test_metrics = self.val_metrics.clone(prefix="test/")
         self.train_metrics = MetricCollection({"top1": MulticlassAccuracy(classes, average="micro")}, prefix="train/")

@@ -1,0 +1,137 @@
+"""The tables behind the command line's `models` and `profile`; both build networks without weights, so in no time."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from slimconv_lit.analysis.complexity import InputSize, LayerCost, macs, macs_by_layer, params
+from slimconv_lit.backbones.registry import create_backbone, list_backbones, made_for, unknown_backbone
+from slimconv_lit.backbones.stages import WithoutWeights
+from slimconv_lit.ops import OperatorLike, describe_operator
+from slimconv_lit.tables import TableStyle, format_table
+
+
+def models_rows(pattern: str | None = None) -> list[dict[str, object]]:
+    """One row for each backbone that matches `pattern`, as built and counted for the data that it was made for.
+
+    A progress bar appears on a terminal's stderr when it takes more than a second.
+
+    Args:
+        pattern: As in `list_backbones`; None for our own and torchvision's.
+
+    Raises:
+        ValueError: If no backbone matches; the message gives the nearest names.
+    """
+    names = list_backbones(pattern or "*")
+    if not names:
+        raise ValueError(unknown_backbone(pattern or "*"))
+    rows: list[dict[str, object]] = []
+    for name in tqdm(names, desc="counting", unit=" networks", leave=False, delay=1, disable=None):
+        size, classes = made_for(name)
+        with WithoutWeights():
+            model = create_backbone(name, num_classes=classes)
+        counts = {"params": params(model), "macs": macs(model, size)}
+        rows.append({"backbone": name, **counts, "image": f"{size}x{size}", "classes": classes})
+    return rows
+
+
+def models_table(pattern: str | None = None, style: TableStyle = "table") -> str:
+    """`models_rows` as text; without a pattern the table for the terminal ends with a line on how to see timm's.
+
+    Raises:
+        ValueError: As `models_rows`, or if `style` is unknown.
+    """
+    text = format_table(models_rows(pattern), style)
+    if pattern is not None or style != "table":
+        return text
+    return f"{text}\n{len(list_backbones('timm:*')):,} more from timm: give a pattern, such as 'timm:resnet*'"
+
+
+def profile_rows(
+    backbone: str,
+    operator: OperatorLike | None = None,
+    num_classes: int | None = None,
+    input_size: InputSize | None = None,
+    depth: int | None = 2,
+    **options: Any,
+) -> list[dict[str, object]]:
+    """What each part of a backbone costs for one image, and last the total; with an operator also relative to plain.
+
+    Args:
+        backbone: As in `create_backbone`.
+        operator: As in `create_backbone`.
+        num_classes: Width of the classifier; None for the data that the backbone was made for.
+        input_size: Of the image, as in `macs`; None for the data that the backbone was made for.
+        depth: How deep to look: 1 has a row for "layer1", 2 for "layer1.0", 0 for the total alone, None for each layer.
+        **options: More arguments of `create_backbone`.
+
+    Raises:
+        ValueError: As `create_backbone`.
+    """
+    size, classes = made_for(backbone)
+    options = {"num_classes": num_classes or classes, **options}
+    total, *costs = _costs(backbone, operator, input_size or size, options)
+    plain = _costs(backbone, None, input_size or size, options) if operator else []
+    counterparts = {cost.name: cost for cost in plain}
+    containers = {cost.name.rpartition(".")[0] for cost in costs}
+    shown = [cost for cost in costs if _is_shown(cost, cost.name in containers, depth)]
+    rows: list[dict[str, object]] = []
+    for cost in [*shown, total]:
+        row: dict[str, object] = {"layer": cost.name or "total", "type": cost.type}
+        row |= {"params": cost.params, "macs": cost.macs, "output": "x".join(map(str, cost.output))}
+        if operator:
+            before = counterparts.get(cost.name)
+            row["params/plain"] = _ratio(cost.params, before.params if before else 0)
+            row["macs/plain"] = _ratio(cost.macs, before.macs if before else 0)
+        rows.append(row)
+    return rows
+
+
+def profile_table(
+    backbone: str,
+    operator: OperatorLike | None = None,
+    num_classes: int | None = None,
+    input_size: InputSize | None = None,
+    depth: int | None = 2,
+    style: TableStyle = "table",
+    **options: Any,
+) -> str:
+    """`profile_rows` as text; the table for the terminal begins with a line that says what was counted.
+
+    Raises:
+        ValueError: As `profile_rows`, or if `style` is unknown.
+    """
+    text = format_table(profile_rows(backbone, operator, num_classes, input_size, depth, **options), style)
+    if style != "table":
+        return text
+    own_size, own_classes = made_for(backbone)
+    size = input_size or own_size
+    image = f"{size}x{size}" if isinstance(size, int) else "x".join(map(str, size))
+    with_operator = f" with {_operator_text(operator)}" if operator else ""
+    return f"{backbone}{with_operator}, {num_classes or own_classes:,} classes, one image of {image}\n\n{text}"
+
+
+def _costs(
+    backbone: str, operator: OperatorLike | None, input_size: InputSize, options: Mapping[str, Any]
+) -> list[LayerCost]:
+    with WithoutWeights():
+        model = create_backbone(backbone, operator, **options)
+    return macs_by_layer(model, input_size)
+
+
+def _is_shown(cost: LayerCost, is_container: bool, depth: int | None) -> bool:
+    level = cost.name.count(".") + 1
+    if not cost.params and not cost.macs:
+        return False
+    return not is_container if depth is None else level == depth or (level < depth and not is_container)
+
+
+def _ratio(value: int, plain: int) -> float | None:
+    return round(value / plain, 4) if plain else None
+
+
+def _operator_text(operator: OperatorLike) -> str:
+    parts = describe_operator(operator)
+    arguments = ", ".join(f"{key}={value}" for key, value in parts["init_args"].items())
+    return f"{parts['class_path'].rpartition('.')[2]}({arguments})"
