@@ -17,16 +17,22 @@ class UsageError(Exception):
     """A mistake on the command line or in a configuration; the message is all that the user should see."""
 
 
+_ROOTS: dict[str, type] = {
+    "model": BaseTask,
+    "data": BaseDataModule,
+    "operator": Operator,
+    "callbacks": Callback,
+    "logger": Logger,
+}
+# What jsonargparse 4 says. For nested values it repeats itself level by level, the innermost last.
+_KEY = re.compile(r'Parser key "([\w.]+)"')
 _BAD_KEY = re.compile(r"(?:Option|accept option|unrecognized arguments:) '?-*([\w.]+)")
 _BAD_CLASS = re.compile(
-    r"import path string: '?(?P<short>[\w.]+)"
-    r"|class_path '(?P<dotted>[\w.]+)'"
-    r"|module '[\w.]+' has no attribute '(?P<attribute>\w+)'"
-    r"|'(?P<other>[\w.]+)' to be a subclass of"
+    r"import path string: '?([\w.]+)|module '[\w.]+' has no attribute '(\w+)'|'([\w.]+)' to be a subclass of"
 )
-_CHOICES = re.compile(r"Expected a typing\.Literal\[(.+?)\]\. Got value: (\S+)")
-# What jsonargparse lists for a value that fits none of several types: the types it tried, not what is wrong.
-_ASIDES = ("Expected a path but", "Does not validate", "Subtypes:", "Errors:", "Given value type:")
+_CHOICES = re.compile(r"Expected a typing\.Literal\[(.+?)\]\. Got value: ([^\s.]+)")
+_BAD_TYPE = re.compile(r"Expected a <class '(\w+)'>")
+_VALUE = re.compile(r"(?:Got|Given) value: (.+)")
 
 
 def _family(root: type) -> list[type]:
@@ -34,7 +40,7 @@ def _family(root: type) -> list[type]:
     for cls in members:
         children: list[type] = cls.__subclasses__()
         members.extend(child for child in children if child not in members)
-    return members
+    return members[1:]
 
 
 def _arguments(cls: type) -> set[str]:
@@ -44,32 +50,29 @@ def _arguments(cls: type) -> set[str]:
     return {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)} - {"self"}
 
 
-def _owners() -> dict[str, list[str]]:
-    """Every argument that can stand in a config, with the classes that take it."""
-    owners: dict[str, list[str]] = defaultdict(list)
-    for cls in [cls for root in (BaseTask, BaseDataModule, Operator) for cls in _family(root)[1:]] + [Trainer]:
-        for name in _arguments(cls):
-            owners[name].append(cls.__name__)
-    return owners
-
-
 def _explain_key(key: str, options: Collection[str], argv: Sequence[str]) -> str:
     # The parser may name only the last part of the key; what was typed says more.
     typed = next((w.partition("=")[0] for w in argv if re.search(rf"^-.*\b{re.escape(key)}(=|$)", w)), key)
     full = typed.lstrip("-")
-    start = f"{typed!r} is not accepted"
     head, _, tail = full.partition(".")
     tops = {option.partition(".")[0] for option in options}
-    if head not in tops and (full != key or typed != key or tail):
-        return f"{start}; {closest(head, tops)}"
-    siblings = {option for option in options if option.startswith("trainer.")}
-    if head == "trainer" and tail.count(".") == 0:
-        return f"{start}; {closest(full, siblings)}"
-    owners, name = _owners(), full.rpartition(".")[2]
+    if head not in tops and (typed != key or tail):
+        return f"{typed!r} is not accepted; {closest(head, tops)}"
+    if head == "trainer":
+        return f"{typed!r} is not accepted; {closest(full, [o for o in options if o.startswith('trainer.')])}"
+    owners: dict[str, list[str]] = defaultdict(list)
+    for cls in [cls for part in ("model", "data", "operator") for cls in _family(_ROOTS[part])] + [Trainer]:
+        for argument in _arguments(cls):
+            owners[argument].append(cls.__name__)
+    name = full.rpartition(".")[2]
     if name in owners:
-        return f"{start} here; {name!r} belongs to {' and '.join(owners[name][:4])}, which must be named first"
-    hint = closest(name, owners)
-    return f"{start}; {hint}" if hint.startswith("did") else f"{start}; `--help` lists what is"
+        return f"{typed!r} is not accepted here; it belongs to {' and '.join(owners[name])}, which must be named first"
+    return f"{typed!r} is not accepted; {_near(name, owners) or '`--help` lists what is'}"
+
+
+def _near(name: str, known: Collection[str]) -> str:
+    hint = closest(name, known)
+    return hint if hint.startswith("did") else ""
 
 
 def explain(message: str, options: Collection[str] = (), argv: Sequence[str] = ()) -> str:
@@ -80,18 +83,21 @@ def explain(message: str, options: Collection[str] = (), argv: Sequence[str] = (
         options: The options of the verb, without dashes ("trainer.max_epochs").
         argv: What the user typed.
     """
+    key = ".".join(_KEY.findall(message))
+    where = f"{key}: " if key else ""
     if match := _BAD_KEY.search(message):
         return _explain_key(match[1], options, argv)
-    if match := _BAD_CLASS.search(message):
-        name = next(group for group in match.groups() if group)
-        roots = (BaseTask, BaseDataModule, Operator, Callback, Logger)
-        known = {cls.__name__ for root in roots for cls in _family(root)[1:]}
-        hint = closest(name.rpartition(".")[2], known)
-        return f"there is no class {name!r} that fits here" + (f"; {hint}" if hint.startswith("did") else "")
     if match := _CHOICES.search(message):
-        key = re.search(r'key "([\w.]+)"', message)
-        choices = re.findall(r"'([^']+)'", match[1])
-        return f"{key[1] if key else 'a value'}: there is no {match[2]!r}; {closest(match[2], choices)}"
-    lines = [line.strip(" -") for line in message.splitlines()]
-    lines = [line for line in lines if line and not line.startswith(_ASIDES) and "NoneType" not in line]
-    return "\n".join(line[:300] for line in lines[:8])
+        return f"{where}there is no {match[2]!r}; {closest(match[2], re.findall(r"'([^']+)'", match[1]))}"
+    if found := _BAD_CLASS.findall(message):
+        name = next(filter(None, found[-1]))
+        root = _ROOTS.get(key.rpartition(".")[2])
+        known = {cls.__name__ for base in ([root] if root else _ROOTS.values()) for cls in _family(base)}
+        return f"{where}there is no class {name!r} that fits; {closest(name.rpartition('.')[2], known)}"
+    values = _VALUE.findall(message)
+    if (types := [name for name in _BAD_TYPE.findall(message) if name != "NoneType"]) and values:
+        return f"{where}expected {' or '.join(dict.fromkeys(types))}, not {values[0]!r}"
+    # An error of a constructor, as one of several alternatives that failed.
+    _, errors, listed = message.partition("Errors:")
+    lines = [line.strip(" -")[:300] for line in (listed if errors else message).splitlines()]
+    return "\n".join([line for line in lines if line and "NoneType" not in line][:8])

@@ -1,5 +1,6 @@
 """fit, validate, test and predict: LightningCLI with run folders, composed configs and checkpoints that are enough."""
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint, ProgressBar, TQDMProgressBar
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from slimconv_lit.analysis.complexity import macs, params
 from slimconv_lit.callbacks import ClassReport, PredictionWriter, RunFolder, Visualize
@@ -27,6 +29,10 @@ _LINKS = {"num_classes": ("data.num_classes", None), "in_channels": ("data.input
 
 class Parser(LightningArgumentParser):
     """A parser that raises its mistakes, so that they can be explained with all that is known of the command line."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # A key that is cut short would work until a new option makes it ambiguous, and never in a file.
+        super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises `UsageError`."""
@@ -90,12 +96,12 @@ class SlimCLI(LightningCLI):
         Raises:
             UsageError: With the accepted name that is closest to a wrong one.
         """
-        words = [str(word) for word in args or ()]
+        assert isinstance(args, list)
         try:
-            self.config = parser.parse_args(words)
+            self.config = parser.parse_args(args)
         except UsageError as error:
             options = self._parser(self.verb).get_defaults().keys()
-            raise UsageError(explain(str(error), list(options), words)) from error
+            raise UsageError(explain(str(error), list(options), args)) from error
 
     def _parse_ckpt_path(self) -> None:
         # Lightning would let the checkpoint's hyperparameters beat the command line; see `compose`.
@@ -109,8 +115,11 @@ class SlimCLI(LightningCLI):
         """
         try:
             super().instantiate_classes()
-        except ValueError as error:
-            if "Errors:" not in str(error) or os.environ.get("JSONARGPARSE_DEBUG"):
+        except (ValueError, MisconfigurationException) as error:
+            if self.run_folder:
+                with contextlib.suppress(OSError):
+                    self.run_folder.path.rmdir()
+            if os.environ.get("JSONARGPARSE_DEBUG"):
                 raise
             hint = "\n(JSONARGPARSE_DEBUG=1 shows where it was raised)"
             raise UsageError(explain(str(error).partition("Given value")[0]) + hint) from error

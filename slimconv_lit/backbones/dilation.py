@@ -3,8 +3,9 @@
 One rule rewrites every convolution and every pooling, whatever the family. Let S be the stride of the map that a layer
 reads, OS the one that is wanted, and f = max(1, S / OS). Its dilation and its padding are multiplied by f, and its
 stride is cut to what is left of OS, 1 from there on. The rewritten network so computes what the original does and what
-lies in between: every f-th pixel of its maps is the original's (where no gate pools over the whole map). For a ResNet
-it is what torchvision's `replace_stride_with_dilation` builds.
+lies in between: every f-th pixel of its maps is the original's. (Not so with gates that pool over the whole map, and
+next to a border at which the original drops pixels.) For a ResNet it is what torchvision's
+`replace_stride_with_dilation` builds.
 
 A layer whose stride is cut keeps the size of its input. Where its own padding does not do that (2x2 kernels, kernels
 without padding) the missing pixels are added on the right and at the bottom, which leaves every f-th pixel as it was.

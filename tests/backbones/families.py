@@ -1,0 +1,31 @@
+"""Names that the tests of backbones run over, and networks that cost nothing."""
+
+import torch
+from torch import nn
+
+from slimconv_lit.backbones import create_backbone
+from slimconv_lit.backbones.stages import WithoutWeights
+from slimconv_lit.surgery.trace import shadow_of
+
+TORCHVISION = [
+    f"torchvision:{name}"
+    for name in (
+        "resnet50", "resnext50_32x4d", "wide_resnet50_2", "densenet121", "mobilenet_v2", "mobilenet_v3_small",
+        "efficientnet_b0", "regnet_y_400mf", "shufflenet_v2_x0_5", "squeezenet1_1", "googlenet", "vgg11_bn",
+        "mnasnet0_5", "convnext_tiny",
+    )
+]  # fmt: skip
+# The first three are those whose output stride timm itself cannot change.
+TIMM = [f"timm:{name}" for name in ("dla46_c", "vgg11_bn", "densenet121", "resnet50d", "ghostnet_100", "tf_efficientnet_b0")]
+
+
+def weightless(name: str, *args: object, **options: object) -> nn.Module:
+    """`create_backbone`, on the meta device and in eval mode."""
+    with WithoutWeights():
+        model = create_backbone(name, *args, **options)
+    return shadow_of(model).eval()
+
+
+def images(size: int, channels: int = 3, batch: int = 1) -> torch.Tensor:
+    """Images that have a shape and nothing else."""
+    return torch.empty(batch, channels, size, size, device="meta")
