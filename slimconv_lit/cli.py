@@ -54,6 +54,10 @@ def _run(verb: str, argv: list[str]) -> int:
             from slimconv_lit.lightning_cli import run
 
             run(verb, argv)
+        elif verb == "compare":
+            from slimconv_lit.compare import compare
+
+            compare(argv)
         else:
             from slimconv_lit.tool_verbs import run_tool
 

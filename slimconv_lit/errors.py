@@ -4,8 +4,10 @@ import inspect
 import re
 from collections import defaultdict
 from collections.abc import Collection, Sequence
+from typing import Any, NoReturn
 
 from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.cli import LightningArgumentParser
 from pytorch_lightning.loggers import Logger
 
 from slimconv_lit.data import BaseDataModule
@@ -15,6 +17,21 @@ from slimconv_lit.tasks import BaseTask
 
 class UsageError(Exception):
     """A mistake on the command line or in a configuration; the message is all that the user should see."""
+
+
+class Parser(LightningArgumentParser):
+    """A parser that raises its mistakes, so that they can be explained with all that is known of the command line."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # A key that is cut short would work until a new option makes it ambiguous, and never in a file.
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raises `UsageError`."""
+        if self.exit_on_error:
+            raise UsageError(message) from ex
+        # The parsers inside the parser try one type after the other and count on their own kind of error.
+        super().error(message, ex)
 
 
 _ROOTS: dict[str, type] = {
@@ -88,7 +105,8 @@ def explain(message: str, options: Collection[str] = (), argv: Sequence[str] = (
     if match := _BAD_KEY.search(message):
         return _explain_key(match[1], options, argv)
     if match := _CHOICES.search(message):
-        return f"{where}there is no {match[2]!r}; {closest(match[2], re.findall(r"'([^']+)'", match[1]))}"
+        choices = re.findall(r"'([^']+)'", match[1])
+        return f"{where}there is no {match[2]!r}; {closest(match[2], choices)}"
     if found := _BAD_CLASS.findall(message):
         name = next(filter(None, found[-1]))
         root = _ROOTS.get(key.rpartition(".")[2])
@@ -98,6 +116,7 @@ def explain(message: str, options: Collection[str] = (), argv: Sequence[str] = (
     if (types := [name for name in _BAD_TYPE.findall(message) if name != "NoneType"]) and values:
         return f"{where}expected {' or '.join(dict.fromkeys(types))}, not {values[0]!r}"
     # An error of a constructor, as one of several alternatives that failed.
-    _, errors, listed = message.partition("Errors:")
-    lines = [line.strip(" -")[:300] for line in (listed if errors else message).splitlines()]
-    return "\n".join([line for line in lines if line and "NoneType" not in line][:8])
+    *_, listed = message.partition("Given value")[0].split("Errors:")
+    lines = [line.strip(" -")[:300] for line in listed.splitlines()]
+    told = "\n".join([line for line in lines if line and not re.search("NoneType|given class_path", line)][:8])
+    return told + ("\na config that states it: --config quickstart.yaml" if re.search(r"are required: \w+\.", told) else "")

@@ -5,41 +5,26 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint, ProgressBar, TQDMProgressBar
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import WandbLogger
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from slimconv_lit.analysis.complexity import macs, params
 from slimconv_lit.callbacks import ClassReport, PredictionWriter, RunFolder, Visualize
 from slimconv_lit.callbacks.run_folder import make_checkpoint, make_loggers, new_run_folder
 from slimconv_lit.config_files import Config, compose
 from slimconv_lit.data import BaseDataModule
-from slimconv_lit.errors import UsageError, explain
+from slimconv_lit.errors import Parser, UsageError, explain
 from slimconv_lit.quiet import quieten
 from slimconv_lit.tables import format_table
 from slimconv_lit.tasks import BaseTask
 
 # Arguments of the task that only the datamodule knows, and where they come from.
 _LINKS = {"num_classes": ("data.num_classes", None), "in_channels": ("data.input_size", lambda size: size[0])}
-
-
-class Parser(LightningArgumentParser):
-    """A parser that raises its mistakes, so that they can be explained with all that is known of the command line."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # A key that is cut short would work until a new option makes it ambiguous, and never in a file.
-        super().__init__(*args, allow_abbrev=False, **kwargs)
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raises `UsageError`."""
-        if self.exit_on_error:
-            raise UsageError(message) from ex
-        # The parsers inside the parser try one type after the other and count on their own kind of error.
-        super().error(message, ex)
 
 
 class SlimCLI(LightningCLI):

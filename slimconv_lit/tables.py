@@ -48,7 +48,8 @@ def _decimals(values: list[object]) -> int | None:
 
 def _cell(value: object, decimals: int | None) -> str:
     if isinstance(value, float):
-        return f"{value:,.4g}" if decimals is None else f"{value:,.{decimals}f}"
+        large = decimals is None and abs(value) >= 1000
+        return f"{value:,.4g}" if decimals is None and not large else f"{value:,.{decimals or 0}f}"
     text = "" if value is None else f"{value:,}" if _is_number(value) else str(value)
     return " ".join(text.split("\n"))
 

@@ -75,7 +75,7 @@ def macs_by_layer(model: nn.Module, input_size: InputSize) -> list[LayerCost]:
     dtype = next((p.dtype for p in shadow.parameters() if p.is_floating_point()), torch.float32)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
-        shadow(torch.empty(1, *_image_shape(model, input_size), dtype=dtype, device="meta"))
+        shadow(torch.empty(1, *image_shape(model, input_size), dtype=dtype, device="meta"))
     counts = counter.get_flop_counts()
     root = type(shadow).__name__
     costs = []
@@ -87,6 +87,7 @@ def macs_by_layer(model: nn.Module, input_size: InputSize) -> list[LayerCost]:
     return costs
 
 
-def _image_shape(model: nn.Module, input_size: InputSize) -> tuple[int, ...]:
+def image_shape(model: nn.Module, input_size: InputSize) -> tuple[int, ...]:
+    """The (channels, height, width) that `input_size` stands for, in pixels."""
     size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
     return size if len(size) == 3 else (image_channels(model), *size)

@@ -149,9 +149,10 @@ def _plan(call: Call, output_stride: int) -> _Edit | None:
         return None
     old = pair(layer.stride)
     left = max(1, output_stride // before)
-    edit = _Edit((min(old[0], left), min(old[1], left)), max(1, before // output_stride))
-    dilates = edit.factor > 1 and max(pair(layer.kernel_size)) > 1
-    return edit if dilates or edit.stride != old else None
+    # The dilation of a 1x1 kernel means nothing.
+    factor = max(1, before // output_stride) if max(pair(layer.kernel_size)) > 1 else 1
+    edit = _Edit((min(old[0], left), min(old[1], left)), factor)
+    return None if edit == _Edit(old, 1) else edit
 
 
 def _apply(model: nn.Module, edits: dict[str, _Edit | None]) -> None:

@@ -11,9 +11,18 @@ from typing import Any, TypeAlias
 import torchvision
 from torch import nn
 
+from slimconv_lit.backbones.bl_resnet import BLResNet
+from slimconv_lit.backbones.cifar_mobilenet_v2 import CifarMobileNetV2
 from slimconv_lit.backbones.cifar_resnet import CifarResNet, cifar_stem
+from slimconv_lit.backbones.cifar_se_resnet import CifarSEResNet
+from slimconv_lit.backbones.cifar_shufflenet_v2 import CifarShuffleNetV2
 from slimconv_lit.backbones.dilation import dilate
+from slimconv_lit.backbones.dla import dla46_c
 from slimconv_lit.backbones.features import FeatureMaps, without_head
+from slimconv_lit.backbones.nasnet import CifarNASNet
+from slimconv_lit.backbones.oct_resnet import OctResNet
+from slimconv_lit.backbones.presets import PRESETS
+from slimconv_lit.backbones.resnext import resnext101_32x3d
 from slimconv_lit.backbones.stages import stage_ends, watch
 from slimconv_lit.ops import OperatorLike
 from slimconv_lit.surgery import substitute
@@ -30,14 +39,17 @@ class Backbone:
         input_size: Height and width in pixels of the images that it was made for.
         num_classes: Classes of the data set that it was made for.
         substitution: What `substitute` is given with an operator, unless the caller says otherwise.
+        no_dilation: Why the network has no other output stride than its own, if that is so.
     """
 
     build: Callable[..., nn.Module]
     input_size: int = 224
     num_classes: int = 1000
     substitution: dict[str, Any] = field(default_factory=dict)
+    no_dilation: str = ""
 
 
+LOW_MAPS = "its low maps have half the resolution of the high ones, at every stride"
 CIFAR_STEM = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d")
 
 OWN: dict[str, Backbone] = {
@@ -50,6 +62,25 @@ OWN: dict[str, Backbone] = {
         f"cifar_{name}": Backbone(partial(cifar_stem, getattr(torchvision.models, name)), 32, 100)
         for name in CIFAR_STEM
     },
+    "cifar_mobilenet_v2": Backbone(CifarMobileNetV2, 32, 100),
+    # Table V has SlimConv in the units without stride only.
+    "cifar_shufflenet_v2": Backbone(CifarShuffleNetV2, 32, 100, {"exclude": "stage?.0.*"}),
+    "cifar_nasnet": Backbone(CifarNASNet, 32, 100),
+    "cifar_se_resnet50": Backbone(partial(CifarSEResNet, (3, 4, 6, 3)), 32, 100),
+    "cifar_se_resnet101": Backbone(partial(CifarSEResNet, (3, 4, 23, 3)), 32, 100),
+    # Table VI says alpha = 0.5; its counts are those of 0.25.
+    "cifar_oct_resnet50": Backbone(
+        partial(OctResNet, (3, 4, 6, 3), cifar=True, alpha=0.25), 32, 100, no_dilation=LOW_MAPS
+    ),
+    "oct_resnet50": Backbone(partial(OctResNet, (3, 4, 6, 3)), no_dilation=LOW_MAPS),
+    # The stem's 3x3 convolutions stay as they are in Table II.
+    "bl_resnet50": Backbone(
+        partial(BLResNet, (3, 4, 6, 3)),
+        substitution={"exclude": "stem_*"},
+        no_dilation="what its big branches write is scaled up, so that finer ones would make another network",
+    ),
+    "dla46_c": Backbone(dla46_c),
+    "resnext101_32x3d": Backbone(resnext101_32x3d),
 }
 
 # As `Backbone.substitution`, for the networks of libraries.
@@ -76,14 +107,16 @@ def create_backbone(
     include: Patterns = None,
     exclude: Patterns = None,
     min_channels: int | None = None,
+    pointwise: bool | None = None,
     **options: Any,
 ) -> nn.Module:
     """A network by name, with an operator in the place of its spatial convolutions.
 
     Args:
         name: One of `list_backbones()`: a network of our own ("cifar_resnet56"), "torchvision:resnet50" or
-            "timm:resnet50d".
-        operator: What `substitute` takes; None leaves the network plain. What was done is in `model.substitution`.
+            "timm:resnet50d". Some names have an operator in them ("sc_resnet50", see `PRESETS`).
+        operator: What `substitute` takes; None leaves the network plain, or with the operator that its name has in it,
+            in the place of which any other is put. What was done is in `model.substitution`.
         num_classes: Width of the classifier. With `features_only` there is none.
         in_channels: Channels of the images. A network of torchvision's gets a new first convolution if it is not 3.
         features_only: Return the network without its head: it maps images to the list of its feature maps, the last
@@ -92,6 +125,7 @@ def create_backbone(
         include: As in `substitute`; None for the network's own rule.
         exclude: As in `substitute`; None for the network's own rule.
         min_channels: As in `substitute`; None for the network's own rule.
+        pointwise: As in `substitute`; None for the network's own rule.
         **options: More arguments of the network's builder, such as weights="DEFAULT" (torchvision) or
             pretrained=True (timm). Pre-trained weights go with the builder's own num_classes.
 
@@ -102,6 +136,14 @@ def create_backbone(
         ValueError: If there is no such network (the message gives the nearest names), if it cannot be rewritten to
             `output_stride` or cut before its head (the message says why), and as `substitute`.
     """
+    rule = substitution_rule(name)
+    if name in PRESETS:
+        preset, name = PRESETS[name], PRESETS[name].backbone
+        # The rule of a preset is its operator's.
+        rule = rule if operator is None else substitution_rule(name)
+        operator = operator or preset.operator
+    if name in OWN and OWN[name].no_dilation and output_stride < 32:
+        raise ValueError(f"output_stride={output_stride}: {name} has none but its own, 32: {OWN[name].no_dilation}")
     classes = {} if features_only else {"num_classes": num_classes}
     model = _build(name, in_channels, **classes, **options)
     ends = stage_ends(watch(model)) if features_only else {}
@@ -112,8 +154,8 @@ def create_backbone(
         model = without_head(model, [end.name for end in kept.values()])
     report = None
     if operator is not None:
-        asked = {"include": include, "exclude": exclude, "min_channels": min_channels}
-        rule = substitution_rule(name) | {key: value for key, value in asked.items() if value is not None}
+        asked = {"include": include, "exclude": exclude, "min_channels": min_channels, "pointwise": pointwise}
+        rule = rule | {key: value for key, value in asked.items() if value is not None}
         # After the cut, so that the maps that a head will read are outputs, and keep their width.
         report = substitute(model, operator, **rule)
     if features_only:
@@ -134,7 +176,9 @@ def list_backbones(pattern: str = "*") -> list[str]:
 
 
 def substitution_rule(name: str) -> dict[str, Any]:
-    """The include, exclude and min_channels that `substitute` gets for the network `name` by default."""
+    """What `substitute` gets for the network `name` by default: include, exclude, min_channels, pointwise."""
+    if name in PRESETS:
+        return substitution_rule(PRESETS[name].backbone) | PRESETS[name].substitution
     if name in OWN:
         return OWN[name].substitution
     return next((rule for pattern, rule in LIBRARY_SUBSTITUTION.items() if fnmatchcase(name, pattern)), {})
@@ -148,6 +192,8 @@ def made_for(name: str) -> tuple[int, int]:
     Raises:
         ValueError: If there is no such network; the message gives the nearest names.
     """
+    if name in PRESETS:
+        return made_for(PRESETS[name].backbone)
     if name in OWN:
         return OWN[name].input_size, OWN[name].num_classes
     library, _, bare = name.rpartition(":")
@@ -214,7 +260,7 @@ def _natural(names: Iterable[str]) -> list[str]:
 
 
 def _own_names() -> list[str]:
-    return _natural(OWN)
+    return _natural([*OWN, *PRESETS])
 
 
 @cache

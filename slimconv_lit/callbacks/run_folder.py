@@ -54,13 +54,14 @@ def make_loggers(names: str, folder: Path) -> list[Logger]:
     for name in wanted:
         if name not in LOGGERS:
             raise ValueError(f"--logger: there is no {name!r}; {closest(name, LOGGERS)}")
-    loggers: list[Logger] = [CSVLogger(folder, name="", version="")]
+    loggers: list[Logger] = []
     if "tensorboard" in wanted:
         loggers.append(TensorBoardLogger(folder / "tensorboard", name="", version="", default_hp_metric=False))
     if "wandb" in wanted:
         project = os.environ.get("WANDB_PROJECT", "slimconv_lit")
         loggers.append(WandbLogger(f"{folder.parent.name}/{folder.name}", save_dir=folder, project=project))
-    return loggers
+    # Last: callbacks that write pictures or histograms look at the first logger only.
+    return [*loggers, CSVLogger(folder, name="", version="")]
 
 
 def make_checkpoint(folder: Path, monitor: str, mode: str) -> ModelCheckpoint:

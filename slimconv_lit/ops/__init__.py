@@ -8,12 +8,23 @@ from slimconv_lit.ops.base import (
     operator_classes,
     resolve_operator,
 )
+from slimconv_lit.ops.ghost import GhostConv2d
+from slimconv_lit.ops.oct_conv import HighLowConv2d, OctConv2d
+from slimconv_lit.ops.select_kernel import SKConv2d
 from slimconv_lit.ops.slim_conv import SlimConv2d
+from slimconv_lit.ops.sp_conv import SPConv2d
+from slimconv_lit.ops.squeeze_excite import SEConv2d
 
 __all__ = [
+    "GhostConv2d",
+    "HighLowConv2d",
+    "OctConv2d",
     "Operator",
     "OperatorFactory",
     "OperatorLike",
+    "SEConv2d",
+    "SKConv2d",
+    "SPConv2d",
     "SlimConv2d",
     "describe_operator",
     "operator_classes",

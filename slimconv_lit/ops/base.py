@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import difflib
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping
+from fractions import Fraction
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 Size: TypeAlias = int | tuple[int, int]
@@ -51,6 +54,54 @@ def same_padding(kernel_size: Size, dilation: Size) -> tuple[int, int]:
     """The padding that `padding=None` stands for: `dilation * (kernel_size // 2)` on each axis."""
     kernel, spread = pair(kernel_size), pair(dilation)
     return spread[0] * (kernel[0] // 2), spread[1] * (kernel[1] // 2)
+
+
+def check_keeps_size(kernel_size: Size, dilation: Size, padding: Size | None) -> None:
+    """For operators whose paths would not meet in size otherwise: at stride 1 the map must keep its size.
+
+    Raises:
+        ValueError: If the kernel is even or the padding another; the message gives what works.
+    """
+    kernel, own = pair(kernel_size), same_padding(kernel_size, dilation)
+    if not all(k % 2 for k in kernel):
+        odd = " or ".join(str(tuple(k + step * (k % 2 == 0) for k in kernel)) for step in (-1, 1))
+        raise ValueError(f"kernel_size={kernel_size} is even; nearest: {odd}")
+    if padding is not None and pair(padding) != own:
+        raise ValueError(f"padding={padding} changes the size of the map; nearest: {own} (or None)")
+
+
+def nearest_divisors(value: int, *numbers: int, least: int = 1) -> str:
+    """For an error message: the two numbers nearest to `value`, from `least` on, that divide all of `numbers`."""
+    common = math.gcd(*numbers)
+    fitting = [d for d in range(least, common + 1) if common % d == 0]
+    nearest = sorted(sorted(fitting, key=lambda d: abs(d - value))[:2])
+    return " or ".join(map(str, nearest)) or f"none, for {common} has no divisor from {least} on"
+
+
+def fraction(argument: str, value: float | str) -> Fraction:
+    """The value of `argument`, given as a number or as text ("1/8"), without the rounding of binary fractions.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    try:
+        return Fraction(value).limit_denominator(10_000)
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise ValueError(f"{argument}={value!r} is neither a number nor a fraction such as '1/8'") from None
+
+
+def reset_convolutions(module: nn.Module) -> None:
+    """Draws all convolutions in `module` as the papers' ResNets do (He, fan out); norms start at one and zero."""
+    for layer in module.modules():
+        if next(layer.parameters(), torch.empty(0)).is_meta:
+            # There is nothing to draw, and going through it is slow.
+            continue
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+        elif isinstance(layer, nn.BatchNorm2d):
+            layer.reset_parameters()
 
 
 def closest(name: str, names: Iterable[str]) -> str:

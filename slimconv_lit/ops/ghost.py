@@ -20,7 +20,7 @@ class GhostConv2d(Operator):
 
     Args:
         in_channels: Channels that it reads.
-        out_channels: Channels that it writes; None for in_channels.
+        out_channels: Channels that it writes.
         kernel_size: Of the primary convolution.
         stride: Of the primary convolution.
         dilation: Of the primary convolution.
@@ -36,7 +36,7 @@ class GhostConv2d(Operator):
     def __init__(
         self,
         in_channels: int,
-        out_channels: int | None = None,
+        out_channels: int,
         kernel_size: Size = 3,
         stride: Size = 1,
         dilation: Size = 1,
@@ -47,7 +47,7 @@ class GhostConv2d(Operator):
     ) -> None:
         super().__init__()
         self.in_channels = in_channels
-        self.out_channels = out_channels or in_channels
+        self.out_channels = out_channels
         if s < 2 or self.out_channels % s:
             nearest = nearest_divisors(s, self.out_channels, least=2)
             raise ValueError(f"s={s} does not divide out_channels={self.out_channels}; nearest: {nearest}")
@@ -60,9 +60,7 @@ class GhostConv2d(Operator):
             )
         pad = same_padding(kernel_size, dilation) if padding is None else pair(padding)
         self.primary = nn.Sequential(
-            nn.Conv2d(
-                in_channels, primary, pair(kernel_size), pair(stride), pad, pair(dilation), groups, bias=False
-            ),
+            nn.Conv2d(in_channels, primary, pair(kernel_size), pair(stride), pad, pair(dilation), groups, bias=False),
             nn.BatchNorm2d(primary),
         )
         self.cheap = nn.Sequential(

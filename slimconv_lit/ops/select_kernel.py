@@ -22,7 +22,7 @@ class SKConv2d(Operator):
 
     Args:
         in_channels: Channels that it reads.
-        out_channels: Channels that it writes; None for in_channels.
+        out_channels: Channels that it writes.
         kernel_size: K.
         stride: Of both convolutions.
         dilation: Of both convolutions.
@@ -38,7 +38,7 @@ class SKConv2d(Operator):
     def __init__(
         self,
         in_channels: int,
-        out_channels: int | None = None,
+        out_channels: int,
         kernel_size: Size = 3,
         stride: Size = 1,
         dilation: Size = 1,
@@ -52,7 +52,7 @@ class SKConv2d(Operator):
         if reduction < 1 or min_hidden < 1:
             raise ValueError(f"reduction={reduction} and min_hidden={min_hidden} must both be at least 1")
         self.in_channels = in_channels
-        self.out_channels = width = out_channels or in_channels
+        self.out_channels = width = out_channels
         kernel, spread = pair(kernel_size), pair(dilation)
         pad = same_padding(kernel, spread) if padding is None else pair(padding)
 

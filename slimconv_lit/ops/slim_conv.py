@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from slimconv_lit.ops.base import Operator, Size, closest, pair, same_padding
+from slimconv_lit.ops.base import Operator, Size, closest, nearest_divisors, pair, reset_convolutions, same_padding
 
 Arrangement = Literal["flip", "none", "only_flip", "shuffle", "shuffle_3b"]
 
@@ -47,12 +47,10 @@ def folds_of(k: float | str) -> int:
 
 def _check_groups(argument: str, groups: int, width: int, in_channels: int, folds: int) -> None:
     if groups < 1 or width % groups:
-        fitting = [d for d in range(1, width + 1) if width % d == 0]
-        nearest = sorted(sorted(fitting, key=lambda d: abs(d - groups))[:2])
         raise ValueError(
             f"{argument}={groups} does not divide the folded widths "
             f"(in_channels={in_channels}, n={folds} folds: {in_channels // folds} and {in_channels // (2 * folds)}); "
-            f"nearest: {' or '.join(map(str, nearest))}"
+            f"nearest: {nearest_divisors(groups, width)}"
         )
 
 
@@ -186,13 +184,7 @@ class SlimConv2d(Operator):
 
     def reset_parameters(self) -> None:
         """Draws the convolutions as the paper's ResNets do (He, fan out); norms start at one and zero."""
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.BatchNorm2d):
-                module.reset_parameters()
+        reset_convolutions(self)
 
     def reconstruct(self, x: Tensor) -> list[Tensor]:
         """The folded maps (B, T, H, W) that the paths read: top, bottom and, with a third branch, its own."""

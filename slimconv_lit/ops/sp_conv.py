@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from slimconv_lit.ops.base import Operator, Size, check_keeps_size, pair, reset_convolutions, same_padding
+from slimconv_lit.ops.base import Operator, Size, check_keeps_size, fraction, pair, reset_convolutions, same_padding
 
 GROUPS = 2
 
@@ -30,7 +30,7 @@ class SPConv2d(Operator):
 
     Args:
         in_channels: C.
-        out_channels: O; None for C.
+        out_channels: O.
         kernel_size: K; odd.
         stride: Of the KxK convolution and of the averages.
         dilation: Of the KxK convolution.
@@ -46,7 +46,7 @@ class SPConv2d(Operator):
     def __init__(
         self,
         in_channels: int,
-        out_channels: int | None = None,
+        out_channels: int,
         kernel_size: Size = 3,
         stride: Size = 1,
         dilation: Size = 1,
@@ -57,13 +57,13 @@ class SPConv2d(Operator):
     ) -> None:
         super().__init__()
         self.in_channels = in_channels
-        self.out_channels = width = out_channels or in_channels
+        self.out_channels = width = out_channels
         if groups != 1:
             raise ValueError(f"groups={groups}: SPConv takes the place of ordinary convolutions; nearest: groups=1")
         if width % GROUPS:
             raise ValueError(f"out_channels={width} is odd; nearest: {width - 1} or {width + 1}")
         check_keeps_size(kernel_size, dilation, padding)
-        self.ratio = _fraction(ratio)
+        self.ratio = fraction("ratio", ratio)
         heavy = self._representative(in_channels)
         if heavy % GROUPS or not 0 < heavy < in_channels:
             even = sorted(range(2, in_channels, 2), key=lambda n: abs(n - self.ratio * in_channels))[:2]
@@ -103,10 +103,3 @@ class SPConv2d(Operator):
     def extra_repr(self) -> str:
         """What the printed module shows besides its children."""
         return f"{self.in_channels}, {self.out_channels}, ratio={self.ratio}"
-
-
-def _fraction(ratio: float | str) -> Fraction:
-    try:
-        return Fraction(ratio).limit_denominator(10_000)
-    except (ValueError, ZeroDivisionError, OverflowError):
-        raise ValueError(f"ratio={ratio!r} is neither a number nor a fraction such as '1/8'") from None

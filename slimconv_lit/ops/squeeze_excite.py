@@ -19,7 +19,7 @@ class SEConv2d(Operator):
 
     Args:
         in_channels: Channels that it reads.
-        out_channels: Channels that it writes and weighs; None for in_channels.
+        out_channels: Channels that it writes and weighs.
         kernel_size: Of the convolution.
         stride: Of the convolution.
         dilation: Of the convolution.
@@ -34,7 +34,7 @@ class SEConv2d(Operator):
     def __init__(
         self,
         in_channels: int,
-        out_channels: int | None = None,
+        out_channels: int,
         kernel_size: Size = 3,
         stride: Size = 1,
         dilation: Size = 1,
@@ -47,7 +47,7 @@ class SEConv2d(Operator):
         if reduction < 1:
             raise ValueError(f"reduction={reduction} must be at least 1")
         self.in_channels = in_channels
-        self.out_channels = width = out_channels or in_channels
+        self.out_channels = width = out_channels
         pad = same_padding(kernel_size, dilation) if padding is None else pair(padding)
         self.conv = nn.Conv2d(
             in_channels, width, pair(kernel_size), pair(stride), pad, pair(dilation), groups, bias=False

@@ -21,7 +21,7 @@ from slimconv_lit.ops import Operator, OperatorFactory, OperatorLike, SlimConv2d
 from slimconv_lit.ops.base import closest, pair, same_padding
 from slimconv_lit.surgery.graph import ChannelGraph, NotPrivateError, Private
 from slimconv_lit.surgery.resize import Edits, ResizeError, Role, check_resize, host_forward, without_norm
-from slimconv_lit.surgery.trace import Inputs, example_inputs, quiet_pass, shadow_of, trace
+from slimconv_lit.surgery.trace import Inputs, example_inputs, quiet_pass, shadow_of, skip_norms, trace
 from slimconv_lit.tables import format_table
 
 Patterns: TypeAlias = str | Sequence[str] | None
@@ -129,6 +129,7 @@ def substitute(
     exclude: Patterns = None,
     *,
     min_channels: int = 32,
+    pointwise: bool = False,
     example_input: Any = None,
 ) -> Report:
     """Puts `operator` in the place of spatial convolutions (and of the norms behind them), in place.
@@ -148,6 +149,7 @@ def substitute(
         include: Name patterns (`fnmatch`: "layer[34].*", "*.conv2"); only convolutions that match one are replaced.
         exclude: Name patterns of convolutions to leave alone.
         min_channels: Convolutions that read fewer channels are left alone (stems, as a rule).
+        pointwise: Take 1x1 convolutions for spatial ones; Ghost modules stand in their place too.
         example_input: A tensor, a tuple of positional or a dict of keyword arguments of the forward pass; only shapes
             and dtypes matter. By default images of common sizes are tried.
 
@@ -162,7 +164,7 @@ def substitute(
     with torch.device("meta"):
         # Arguments that fail here fail everywhere; better one error than a report in which all rows say the same.
         factory(PROBE_WIDTH, PROBE_WIDTH, 3, 1, 1, 1, None)
-    convs = {name: m for name, m in model.named_modules() if _is_spatial(m)}
+    convs = {name: m for name, m in model.named_modules() if _is_spatial(m, pointwise)}
     inside = [name for name, m in model.named_modules() if isinstance(m, Operator)]
     convs = {n: m for n, m in convs.items() if not any(n.startswith(f"{i}.") for i in inside)}
     for pattern in _patterns(include):
@@ -215,8 +217,8 @@ def substitute(
 # ---- deciding ----------------------------------------------------------------------------------------------------
 
 
-def _is_spatial(module: nn.Module) -> bool:
-    return isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1
+def _is_spatial(module: nn.Module, pointwise: bool) -> bool:
+    return isinstance(module, nn.Conv2d) and (pointwise or max(module.kernel_size) > 1)
 
 
 def _patterns(patterns: Patterns) -> Sequence[str]:
@@ -359,6 +361,7 @@ def _try_out(model: nn.Module, graph: ChannelGraph, inputs: Inputs, changes: lis
     try:
         with torch.device("meta"), quiet_pass():
             _apply(shadow, changes)
+            skip_norms(shadow)
             for mode, expected in graph.outputs.items():
                 shadow.train(mode == "train")
                 args, kwargs = tree_map(lambda v: v.to("meta") if isinstance(v, torch.Tensor) else v, inputs)

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from slimconv_lit.backbones import create_backbone
+from slimconv_lit.backbones.registry import OWN
 from slimconv_lit.backbones.stages import WithoutWeights
 from slimconv_lit.surgery.trace import shadow_of
 
@@ -16,7 +17,13 @@ TORCHVISION = [
     )
 ]  # fmt: skip
 # The first three are those whose output stride timm itself cannot change.
-TIMM = [f"timm:{name}" for name in ("dla46_c", "vgg11_bn", "densenet121", "resnet50d", "ghostnet_100", "tf_efficientnet_b0")]
+TIMM = [f"timm:{name}" for name in ("dla46_c", "vgg11_bn", "densenet121", "resnet50d", "ghostnet_100", "convnext_atto")]
+# They do nothing that their smaller siblings do not, and NASNet has ten convolutions in each of its cells.
+SLOW = (
+    "cifar_resnet32", "cifar_resnet44", "cifar_resnet110", "cifar_resnet34", "cifar_resnet101", "cifar_resnet152",
+    "cifar_resnext101_32x8d", "cifar_se_resnet101", "oct_resnet50", "cifar_nasnet",
+)  # fmt: skip
+QUICK_OWN = [name for name in OWN if name not in SLOW]
 
 
 def weightless(name: str, *args: object, **options: object) -> nn.Module:

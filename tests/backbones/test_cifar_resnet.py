@@ -31,3 +31,7 @@ def test_the_cifar_stem_keeps_the_image_size():
     model = create_backbone("cifar_resnet18", num_classes=10, in_channels=1)
     x = model.maxpool(model.conv1(torch.randn(1, 1, 9, 9)))
     assert x.shape == (1, 64, 9, 9)
+
+
+def test_odd_sizes():
+    assert CifarResNet(8, num_classes=3)(torch.randn(2, 3, 33, 27)).shape == (2, 3)

@@ -5,15 +5,13 @@ import pytest
 import torch
 
 from slimconv_lit.backbones import create_backbone
-from slimconv_lit.backbones.registry import OWN
 from slimconv_lit.ops import SlimConv2d
-from tests.backbones.families import TIMM, TORCHVISION, images, weightless
+from tests.backbones.families import QUICK_OWN, TIMM, TORCHVISION, images, weightless
 
-NO_OUTPUT_STRIDE = {"torchvision:inception_v3": "does not run", "timm:hrnet_w18_small": "does not run"}
+CASES = [*((name, 32) for name in QUICK_OWN), *((name, 8) for name in [*TORCHVISION, *TIMM])]
 
 
-@pytest.mark.parametrize("output_stride", [32, 16, 8])
-@pytest.mark.parametrize("name", [*OWN, *TORCHVISION, *TIMM])
+@pytest.mark.parametrize(("name", "output_stride"), CASES)
 def test_maps_are_what_channels_and_strides_say(name, output_stride):
     model = weightless(name, features_only=True, output_stride=output_stride)
     maps = model(images(256))
@@ -46,10 +44,14 @@ def test_at_output_stride_8_the_last_stage_is_the_map_of_stride_8():
     assert (model.channels, model.strides) == ([64, 256, 2048], [2, 4, 8])
 
 
-@pytest.mark.parametrize("name", ["cifar_resnet20", *TORCHVISION, *TIMM])
+@pytest.mark.parametrize(
+    "name",
+    ["cifar_resnet20", "torchvision:resnet18", "torchvision:vgg11_bn", "torchvision:mnasnet0_5", "timm:dla46_c"],
+)
 def test_an_operator_leaves_the_widths_of_the_maps_alone(name):
     plain = weightless(name, features_only=True, output_stride=16)
     slim = weightless(name, SlimConv2d, features_only=True, output_stride=16)
+    assert slim.substitution.replaced
     assert slim.channels == plain.channels
     assert [m.shape for m in slim(images(128))] == [m.shape for m in plain(images(128))]
 
@@ -66,10 +68,12 @@ def test_maps_are_those_of_the_whole_network_and_so_are_the_names():
         assert torch.allclose(whole.fc(pooled), whole(x), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["cifar_resnet20", *TORCHVISION])
+@pytest.mark.parametrize(
+    "name", ["cifar_resnet20", "torchvision:mobilenet_v2", "torchvision:densenet121", "torchvision:googlenet"]
+)
 def test_every_parameter_is_used(name):
     # Distributed training stops at parameters that get no gradient.
-    model = weightless(name, SlimConv2d, features_only=True).train()
+    model = weightless(name, features_only=True).train()
     sum(m.sum() for m in model(images(64, batch=2))).backward()
     assert [n for n, p in model.named_parameters() if p.grad is None] == []
 
