@@ -5,7 +5,7 @@ convention is `complexity.macs`: convolutions and linear layers, nothing else. A
 III and X count so.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -78,17 +78,18 @@ def operations(model: nn.Module, input_size: InputSize) -> list[Operation]:
     return watcher.found
 
 
-def convolutions(model: nn.Module, input_size: InputSize) -> int:
+def macs(ran: Sequence[Operation]) -> int:
+    """Convolutions and linear layers without biases, as `complexity.macs` counts them."""
+    return sum(op.macs for op in ran)
+
+
+def convolutions(ran: Sequence[Operation]) -> int:
     """Convolutions alone, without biases: bL-ResNet-50 in Table II."""
-    return sum(op.macs for op in operations(model, input_size) if op.kind == "conv")
+    return sum(op.macs for op in ran if op.kind == "conv")
 
 
 def ptflops_2018(
-    model: nn.Module,
-    input_size: InputSize,
-    relus: Activations = "all",
-    upsampling: bool = True,
-    linear_biases: bool = False,
+    ran: Sequence[Operation], relus: Activations = "all", upsampling: bool = True, linear_biases: bool = False
 ) -> int:
     """The counter behind Tables V, VI, VII and XI: sovrasov's flops-counter of 2018-10 to 2019-01.
 
@@ -100,8 +101,7 @@ def ptflops_2018(
     not always the same that ours do; so which ones count is said here.
 
     Args:
-        model: The network.
-        input_size: As in `macs`.
+        ran: From `operations`.
         relus: The activations that count: "all"; those in operators and besides them "modules" or what comes right
             "behind operators"; or "operators" alone.
         upsampling: Whether upsampling counts.
@@ -110,7 +110,7 @@ def ptflops_2018(
     places = {"modules": ("operator", "module"), "behind operators": ("operator", "behind operator")}
     counted = places.get(relus, ("operator",))
     total = 0
-    for op in operations(model, input_size):
+    for op in ran:
         match op.kind:
             case "conv":
                 total += op.macs + op.biases
@@ -127,19 +127,19 @@ def ptflops_2018(
     return total
 
 
-def ptflops_baseline(model: nn.Module, input_size: InputSize, relus: Activations = "all") -> int:
+def ptflops_baseline(ran: Sequence[Operation], relus: Activations = "all") -> int:
     """As `ptflops_2018`, with the biases of linear layers and without upsampling: some baselines of Tables I to III."""
-    return ptflops_2018(model, input_size, relus, upsampling=False, linear_biases=True)
+    return ptflops_2018(ran, relus, upsampling=False, linear_biases=True)
 
 
-def thop_2020(model: nn.Module, input_size: InputSize) -> int:
+def thop_2020(ran: Sequence[Operation]) -> int:
     """The counter behind Tables VIII and IX: pytorch-OpCounter of early 2020; the tables divide it by 2^30.
 
     Convolutions with biases, two for each product of a linear layer and each element of a batch norm, and a global
     pooling's inputs and outputs. Activations and pooling windows count nothing.
     """
     total = 0
-    for op in operations(model, input_size):
+    for op in ran:
         match op.kind:
             case "conv":
                 total += op.macs + op.biases

@@ -4,9 +4,11 @@ paper.yaml holds one entry for every row; here each network is built without wei
 convention, and by our uniform `macs`.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
+from functools import cache
 from importlib import resources
 from typing import Any
 
@@ -14,7 +16,7 @@ import yaml  # type: ignore[import-untyped]
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from slimconv_lit.analysis import conventions
-from slimconv_lit.analysis.complexity import macs, params
+from slimconv_lit.analysis.complexity import params
 from slimconv_lit.backbones import create_backbone
 from slimconv_lit.backbones.stages import WithoutWeights
 from slimconv_lit.ops.base import closest
@@ -115,11 +117,19 @@ def entries(table: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def rebuild(table: str, entry: Mapping[str, Any]) -> PaperRow:
     """Builds the network of one entry, without weights, and counts it."""
+    network = {key: entry.get(key) for key in ("backbone", "operator", "options", "classes", "input")}
+    parameters, ran = _count(json.dumps(network))
+    convention = getattr(conventions, entry["convention"])
+    return PaperRow(table, entry, parameters, convention(ran, **entry.get("counting", {})), conventions.macs(ran))
+
+
+@cache
+def _count(network: str) -> tuple[int, list[conventions.Operation]]:
+    """Parameters and operations of a network, which more than one row may have; its description is JSON."""
+    asked = json.loads(network)
     with WithoutWeights():
-        model = create_backbone(entry["backbone"], entry.get("operator"), entry["classes"], **entry.get("options", {}))
-    size = entry["input"]
-    count = macs if entry["convention"] == "macs" else getattr(conventions, entry["convention"])
-    return PaperRow(table, entry, params(model), count(model, size, **entry.get("counting", {})), macs(model, size))
+        model = create_backbone(asked["backbone"], asked["operator"], asked["classes"], **(asked["options"] or {}))
+    return params(model), conventions.operations(model, asked["input"])
 
 
 def paper_rows(table: str | None = None) -> list[PaperRow]:

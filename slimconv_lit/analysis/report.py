@@ -6,6 +6,7 @@ from typing import Any
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from slimconv_lit.analysis.complexity import InputSize, LayerCost, macs, macs_by_layer, params
+from slimconv_lit.backbones.presets import PRESETS
 from slimconv_lit.backbones.registry import create_backbone, list_backbones, made_for, unknown_backbone
 from slimconv_lit.backbones.stages import WithoutWeights
 from slimconv_lit.ops import OperatorLike, describe_operator
@@ -58,6 +59,8 @@ def profile_rows(
 ) -> list[dict[str, object]]:
     """What each part of a backbone costs for one image, and last the total; with an operator also relative to plain.
 
+    A backbone that has an operator in its name ("sc_resnet50") is compared with the plain one ("torchvision:resnet50").
+
     Args:
         backbone: As in `create_backbone`.
         operator: As in `create_backbone`.
@@ -72,7 +75,9 @@ def profile_rows(
     size, classes = made_for(backbone)
     options = {"num_classes": num_classes or classes, **options}
     total, *costs = _costs(backbone, operator, input_size or size, options)
-    plain = _costs(backbone, None, input_size or size, options) if operator else []
+    plain_name = PRESETS[backbone].backbone if backbone in PRESETS else backbone
+    compared = operator is not None or plain_name != backbone
+    plain = _costs(plain_name, None, input_size or size, options) if compared else []
     counterparts = {cost.name: cost for cost in plain}
     containers = {cost.name.rpartition(".")[0] for cost in costs}
     shown = [cost for cost in costs if _is_shown(cost, cost.name in containers, depth)]
@@ -80,7 +85,7 @@ def profile_rows(
     for cost in [*shown, total]:
         row: dict[str, object] = {"layer": cost.name or "total", "type": cost.type}
         row |= {"params": cost.params, "macs": cost.macs, "output": "x".join(map(str, cost.output))}
-        if operator:
+        if compared:
             before = counterparts.get(cost.name)
             row["params/plain"] = _ratio(cost.params, before.params if before else 0)
             row["macs/plain"] = _ratio(cost.macs, before.macs if before else 0)
@@ -108,6 +113,8 @@ def profile_table(
     own_size, own_classes = made_for(backbone)
     size = input_size or own_size
     image = f"{size}x{size}" if isinstance(size, int) else "x".join(map(str, size))
+    preset = PRESETS.get(backbone)
+    operator = operator or (preset.operator if preset else None)
     with_operator = f" with {_operator_text(operator)}" if operator else ""
     return f"{backbone}{with_operator}, {num_classes or own_classes:,} classes, one image of {image}\n\n{text}"
 

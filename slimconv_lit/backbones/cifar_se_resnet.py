@@ -64,18 +64,20 @@ class CifarSEResNet(nn.Module):
     ) -> None:
         super().__init__()
         self.conv1, self.bn1, self.relu = nn.Conv2d(in_channels, 64, 3, 1, 1), nn.BatchNorm2d(64), nn.ReLU(inplace=True)
-        channels = 64
-        for stage, (width, blocks) in enumerate(zip((64, 128, 256, stage4_width), layers, strict=True), 1):
-            built = nn.Sequential()
-            for i in range(blocks):
-                built.append(SEBottleneck(channels, width, 2 if stage > 1 and i == 0 else 1))
-                channels = 4 * width
-            self.add_module(f"layer{stage}", built)
+        self.layer1 = self._stage(64, 64, layers[0], stride=1)
+        self.layer2 = self._stage(256, 128, layers[1], stride=2)
+        self.layer3 = self._stage(512, 256, layers[2], stride=2)
+        self.layer4 = self._stage(1024, stage4_width, layers[3], stride=2)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(channels, num_classes)
+        self.fc = nn.Linear(4 * stage4_width, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    @staticmethod
+    def _stage(in_channels: int, width: int, blocks: int, stride: int) -> nn.Sequential:
+        first = SEBottleneck(in_channels, width, stride)
+        return nn.Sequential(first, *(SEBottleneck(4 * width, width, 1) for _ in range(blocks - 1)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Class logits; see the class."""

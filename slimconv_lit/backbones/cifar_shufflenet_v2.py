@@ -15,7 +15,8 @@ from torch.nn import functional
 
 def shuffle(x: Tensor) -> Tensor:
     """Interleaves the two halves of the channels: (B, C, H, W) -> (B, C, H, W)."""
-    return x.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+    batch, channels, height, width = x.shape
+    return x.reshape(batch, 2, channels // 2, height, width).transpose(1, 2).flatten(1, 2)
 
 
 class Branch(nn.Module):

@@ -20,5 +20,5 @@ def dla46_c(num_classes: int = 1000, in_channels: int = 3, *, unused_layers: boo
 
     model = timm.create_model("dla46_c", num_classes=num_classes, in_chans=in_channels)
     if unused_layers:
-        model.level4.project = nn.Sequential(nn.Conv2d(64, 128, 1, bias=False), nn.BatchNorm2d(128))
+        model.get_submodule("level4").project = nn.Sequential(nn.Conv2d(64, 128, 1, bias=False), nn.BatchNorm2d(128))
     return model

@@ -46,15 +46,9 @@ class OctBottleneck(nn.Module):
     ) -> None:
         super().__init__()
 
-        def conv(reads: int, writes: int, kernel: int, stride: int, alpha_in: float, alpha_out: float) -> nn.Module:
+        def conv(reads: int, writes: int, kernel: int, stride: int, low_in: float, low_out: float) -> HighLowConv2d:
             return HighLowConv2d(
-                reads,
-                writes,
-                kernel,
-                stride,
-                alpha_in=alpha_in,
-                alpha_out=alpha_out,
-                unpooled_cross=unpooled_cross,
+                *(reads, writes, kernel, stride), alpha_in=low_in, alpha_out=low_out, unpooled_cross=unpooled_cross
             )
 
         first, between, last = alphas
@@ -110,26 +104,27 @@ class OctResNet(nn.Module):
         channels = 64
         for stage, blocks in enumerate(layers, 1):
             built = nn.ModuleList()
-            for block in range(blocks):
-                start, last = block == 0, stage == 4
-                first = 0 if (stage == 1 and start) or (last and not start) else alpha
-                between = (alpha if cifar and start else 0) if last else alpha
+            for i in range(blocks):
+                width, stride = 32 * 2**stage, 2 if stage > 1 and i == 0 else 1
+                alphas = self._alphas(stage, i, alpha, cifar)
+                late = cifar and stage == 1 and i == 0
                 built.append(
-                    OctBottleneck(
-                        channels,
-                        64 * 2 ** (stage - 1),
-                        2 if start and stage > 1 else 1,
-                        (first, between, 0 if last else alpha),
-                        late_projection=cifar and stage == 1 and start,
-                        unpooled_cross=not cifar,
-                    )
+                    OctBottleneck(channels, width, stride, alphas, late_projection=late, unpooled_cross=not cifar)
                 )
-                channels = 256 * 2 ** (stage - 1)
+                channels = 4 * width
             self.add_module(f"layer{stage}", built)
             # A stage writes a pair, which no head reads; its high map passes through here to be had by name.
             self.add_module(f"high{stage}", nn.Identity())
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(channels, num_classes)
+
+    @staticmethod
+    def _alphas(stage: int, block: int, alpha: float, cifar: bool) -> tuple[float, float, float]:
+        if stage < 4:
+            return 0 if (stage, block) == (1, 0) else alpha, alpha, alpha
+        if block == 0:
+            return alpha, alpha if cifar else 0, 0
+        return 0, 0, 0
 
     def forward(self, x: Tensor) -> Tensor:
         """Class logits; see the class."""

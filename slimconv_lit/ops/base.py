@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor, nn
 
 Size: TypeAlias = int | tuple[int, int]
@@ -93,10 +92,8 @@ def fraction(argument: str, value: float | str) -> Fraction:
 def reset_convolutions(module: nn.Module) -> None:
     """Draws all convolutions in `module` as the papers' ResNets do (He, fan out); norms start at one and zero."""
     for layer in module.modules():
-        if next(layer.parameters(), torch.empty(0)).is_meta:
-            # There is nothing to draw, and going through it is slow.
-            continue
-        if isinstance(layer, nn.Conv2d):
+        # On the meta device there is nothing to draw, and going through it is slow.
+        if isinstance(layer, nn.Conv2d) and not layer.weight.is_meta:
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)

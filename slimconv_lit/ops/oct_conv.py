@@ -13,7 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from slimconv_lit.ops.base import Operator, Size, check_keeps_size, fraction, nearest_divisors, pair, reset_convolutions
+from slimconv_lit.ops.base import (
+    Operator,
+    Size,
+    check_keeps_size,
+    fraction,
+    nearest_divisors,
+    pair,
+    reset_convolutions,
+    same_padding,
+)
 
 
 class HighLowConv2d(nn.Module):
@@ -38,7 +47,8 @@ class HighLowConv2d(nn.Module):
             has the size of the high map already. It costs more (SlimConv's Table II counts so, Table VI does not).
 
     Raises:
-        ValueError: If the kernel is even or groups do not divide a width; the message gives the nearest that work.
+        ValueError: If the kernel is even, an alpha is not at least 0 and below 1, or groups do not divide a width; the
+            message gives the nearest that work.
     """
 
     def __init__(
@@ -60,21 +70,18 @@ class HighLowConv2d(nn.Module):
         high_in, high_out = in_channels - low_in, out_channels - low_out
         check_keeps_size(kernel_size, dilation, None)
 
-        def convolution(reads: int, writes: int) -> nn.Conv2d | None:
-            if not reads or not writes:
-                return None
+        def convolution(reads: int, writes: int) -> nn.Conv2d:
             own_groups = groups if exchange else reads
             if reads % own_groups or writes % own_groups:
                 nearest = nearest_divisors(groups, reads, writes)
                 raise ValueError(f"groups={groups} does not divide {reads} and {writes}; nearest: {nearest}")
             kernel, spread = pair(kernel_size), pair(dilation)
-            padding = (spread[0] * (kernel[0] // 2), spread[1] * (kernel[1] // 2))
-            return nn.Conv2d(reads, writes, kernel, 1, padding, spread, own_groups, bias=False)
+            return nn.Conv2d(reads, writes, kernel, 1, same_padding(kernel, spread), spread, own_groups, bias=False)
 
         self.high_to_high = convolution(high_in, high_out)
-        self.high_to_low = convolution(high_in, low_out) if exchange else None
-        self.low_to_high = convolution(low_in, high_out) if exchange else None
-        self.low_to_low = convolution(low_in, low_out)
+        self.high_to_low = convolution(high_in, low_out) if low_out and exchange else None
+        self.low_to_high = convolution(low_in, high_out) if low_in and exchange else None
+        self.low_to_low = convolution(low_in, low_out) if low_in and low_out else None
         self.high_norm = nn.BatchNorm2d(high_out)
         self.low_norm = nn.BatchNorm2d(low_out) if low_out else None
         self.unpooled_cross = unpooled_cross
@@ -97,7 +104,9 @@ class HighLowConv2d(nn.Module):
             if self.low_to_low is not None:
                 from_low = self.low_to_low(pooled)
                 out_low = from_low if out_low is None else out_low + from_low
-        return self.high_norm(out_high), None if out_low is None else self.low_norm(out_low)
+        if out_low is not None and self.low_norm is not None:
+            out_low = self.low_norm(out_low)
+        return self.high_norm(out_high), out_low
 
 
 class OctConv2d(Operator):
@@ -140,10 +149,11 @@ class OctConv2d(Operator):
         self.alpha = fraction("alpha", alpha)
         check_keeps_size(kernel_size, dilation, padding)
         narrower = min(in_channels, out_channels)
-        if not 1 <= low_width("alpha", alpha, narrower) < narrower:
+        if narrower < 2 or not low_width("alpha", alpha, narrower):
+            least = f"1/{narrower}" if narrower > 1 else "none; it takes 2 channels"
             raise ValueError(
-                f"alpha={alpha} leaves no channel at one of the two resolutions (in_channels={in_channels}, "
-                f"out_channels={out_channels}); nearest: {1 if alpha * 2 > 1 else 0}"
+                f"alpha={alpha} leaves no channel at low resolution (in_channels={in_channels}, "
+                f"out_channels={out_channels}); nearest: {least}"
             )
         self.octave = HighLowConv2d(
             in_channels,
@@ -170,6 +180,12 @@ class OctConv2d(Operator):
 
 
 def low_width(argument: str, alpha: float | str, channels: int) -> int:
-    """How many of `channels` are at low resolution: channels * alpha, rounded down."""
+    """How many of `channels` are at low resolution: channels * alpha, rounded down.
+
+    Raises:
+        ValueError: If alpha is not at least 0 and below 1.
+    """
     part = fraction(argument, alpha)
+    if not 0 <= part < 1:
+        raise ValueError(f"{argument}={alpha} is not at least 0 and below 1; nearest: {'1/2' if part > 0 else '0'}")
     return channels * part.numerator // part.denominator

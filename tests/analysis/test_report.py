@@ -70,6 +70,12 @@ def test_an_operator_is_compared_with_the_plain_backbone():
     assert rows[0]["output"] == "16x64x64"
 
 
+def test_a_backbone_with_an_operator_in_its_name_is_compared_with_the_plain_one():
+    text = profile_table("sc_cifar_resnet56", depth=0)
+    assert text.startswith("sc_cifar_resnet56 with SlimConv2d(min_hidden=4), 100 classes")
+    assert text.split()[-5:] == ["459,916", "66,148,096", "100", "0.5355", "0.5271"]
+
+
 def test_options_reach_the_backbone():
     rows = profile_rows("cifar_resnet20", SlimConv2d, in_channels=1, include="layer3.*")
     assert [row["layer"] for row in rows if (row["params/plain"] or 1) < 1] == [

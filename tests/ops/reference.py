@@ -68,3 +68,78 @@ def slim_conv(x, p, folds, arrangement, stride=1, dilation=1, top_groups=1, low_
         low = convolve(low * (low > 0), p[f"{path}.3.weight"], stride, dilation, low_groups)
         outputs.append(normalise(low, p, f"{path}.4", training))
     return torch.cat(outputs, dim=1)
+
+
+def average(x, size):
+    """Averages over windows of `size`, each over the pixels that it holds."""
+    rows, columns = -(-x.shape[2] // size), -(-x.shape[3] // size)
+    windows = [
+        x[:, :, i * size : (i + 1) * size, j * size : (j + 1) * size] for i in range(rows) for j in range(columns)
+    ]
+    return torch.stack([w.mean(dim=(2, 3)) for w in windows], dim=-1).reshape(*x.shape[:2], rows, columns)
+
+
+def upscale(x, rows, columns):
+    """Every pixel twice in either direction, cut to the size that is wanted."""
+    return x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)[:, :, :rows, :columns]
+
+
+def ghost(x, p, stride=1, dilation=1, groups=1, training=False):
+    """GhostNet, Eq. 2 and 3: primary channels, and linear depthwise functions of them behind."""
+    primary = normalise(convolve(x, p["primary.0.weight"], stride, dilation, groups), p, "primary.1", training)
+    cheap = convolve(primary, p["cheap.0.weight"], groups=primary.shape[1])
+    return torch.cat([primary, normalise(cheap, p, "cheap.1", training)], dim=1)
+
+
+def sp_conv(x, p, heavy, stride=1, dilation=1, training=False):
+    """SPConv, Fig. 4."""
+    rich, rest = x[:, :heavy], x[:, heavy:]
+    spatial = convolve(rich, p["spatial.weight"], stride, dilation, groups=2)
+    rich = normalise(spatial + convolve(average(rich, stride), p["pointwise.weight"]), p, "heavy_norm", training)
+    rest = convolve(average(rest, stride), p["light.0.weight"], bias=p["light.0.bias"])
+    rest = normalise(rest, p, "light.1", training)
+    a, b = (torch.exp(m.mean(dim=(2, 3), keepdim=True)) for m in (rich, rest))
+    return normalise((a * rich + b * rest) / (a + b), p, "norm", training)
+
+
+def select_kernel(x, p, stride=1, dilation=1, groups=1, training=False):
+    """SKNet, Eq. 1 to 6, with a bias in the place of the norm of Eq. 4."""
+    maps = []
+    for name in ("small", "large"):
+        u = normalise(convolve(x, p[f"{name}.0.weight"], stride, dilation, groups), p, f"{name}.1", training)
+        maps.append(u * (u > 0))
+    z = (maps[0] + maps[1]).mean(dim=(2, 3)) @ p["squeeze.weight"].T + p["squeeze.bias"]
+    z = z * (z > 0)
+    a, b = (torch.exp(z @ p[f"select.{i}.weight"].T + p[f"select.{i}.bias"])[:, :, None, None] for i in range(2))
+    return (a * maps[0] + b * maps[1]) / (a + b)
+
+
+def se_conv(x, p, stride=1, dilation=1, groups=1, training=False):
+    """SENet, Eq. 2 to 4, behind a convolution and a norm."""
+    u = normalise(convolve(x, p["conv.weight"], stride, dilation, groups), p, "norm", training)
+    z = convolve(u.mean(dim=(2, 3), keepdim=True), p["gate.fc1.weight"], bias=p["gate.fc1.bias"])
+    return u / (1 + torch.exp(-convolve(z * (z > 0), p["gate.fc2.weight"], bias=p["gate.fc2.bias"])))
+
+
+def octave(high, low, p, stride=1, dilation=1, groups=1, training=False):
+    """Octave convolution, Eq. 2, with a norm for each of the two maps; a stride is a pooling in front."""
+    high, low = average(high, stride), average(low, stride)
+    weight = {name.removesuffix(".weight"): value for name, value in p.items() if "_to_" in name}
+    high_groups = low_groups = groups
+    if groups == "depthwise":
+        high_groups, low_groups = high.shape[1], low.shape[1]
+    out_high = convolve(high, weight["high_to_high"], dilation=dilation, groups=high_groups)
+    out_low = convolve(low, weight["low_to_low"], dilation=dilation, groups=low_groups)
+    if groups != "depthwise":
+        out_low = out_low + convolve(average(high, 2), weight["high_to_low"], dilation=dilation, groups=groups)
+        up = upscale(convolve(low, weight["low_to_high"], dilation=dilation, groups=groups), *out_high.shape[2:])
+        out_high = out_high + up
+    return normalise(out_high, p, "high_norm", training), normalise(out_low, p, "low_norm", training)
+
+
+def oct_conv(x, p, low_width, stride=1, dilation=1, groups=1, training=False):
+    """The same between ordinary maps: the last channels are the low ones."""
+    inner = {name.removeprefix("octave."): value for name, value in p.items()}
+    split = x.shape[1] - low_width
+    high, low = octave(x[:, :split], average(x[:, split:], 2), inner, stride, dilation, groups, training)
+    return torch.cat([high, upscale(low, *high.shape[2:])], dim=1)
