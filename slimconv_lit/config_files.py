@@ -101,7 +101,8 @@ def checkpoint_config(path: Path) -> Config:
         for pretrained in ("weights", "pretrained"):
             # The checkpoint's own weights come over them, so they need not be fetched.
             (init_args.get("backbone_options") or {}).pop(pretrained, None)
-        if class_path := init_args.pop("_class_path", None):
+        noted = checkpoint.get("class_paths", {}).get(part)
+        if class_path := init_args.pop("_class_path", noted):
             config[part] = {"class_path": class_path, "init_args": init_args}
     return config
 

@@ -119,4 +119,6 @@ def explain(message: str, options: Collection[str] = (), argv: Sequence[str] = (
     *_, listed = message.partition("Given value")[0].split("Errors:")
     lines = [line.strip(" -")[:300] for line in listed.splitlines()]
     told = "\n".join([line for line in lines if line and not re.search("NoneType|given class_path", line)][:8])
-    return told + ("\na config that states it: --config quickstart.yaml" if re.search(r"are required: \w+\.", told) else "")
+    return told + (
+        "\na config that states it: --config quickstart.yaml" if re.search(r"are required: \w+\.", told) else ""
+    )

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint, ProgressBar, TQDMProgressBar
@@ -70,6 +71,7 @@ class SlimCLI(LightningCLI):
         parser.add_argument(
             "--logger", type=str, default="tensorboard", help="Besides metrics.csv: tensorboard, wandb, or both."
         )
+        parser.add_argument("--threads", type=int | None, help="CPU threads of torch; null for as many as cores.")
         if self.verb == "fit":
             parser.add_argument("--test_after", type=bool, default=True, help="Test the best checkpoint at the end.")
         for target, (source, compute) in _LINKS.items():
@@ -87,6 +89,11 @@ class SlimCLI(LightningCLI):
         except UsageError as error:
             options = self._parser(self.verb).get_defaults().keys()
             raise UsageError(explain(str(error), list(options), args)) from error
+
+    def before_instantiate_classes(self) -> None:
+        """Sets the number of threads before anything computes."""
+        if threads := self.config[self.verb]["threads"]:
+            torch.set_num_threads(threads)
 
     def _parse_ckpt_path(self) -> None:
         # Lightning would let the checkpoint's hyperparameters beat the command line; see `compose`.

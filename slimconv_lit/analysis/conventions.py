@@ -50,7 +50,7 @@ class Operation:
 
     Attributes:
         kind: What it is.
-        place: Of an activation: in an operator of ours, on what an operator wrote, as a module, or as a function.
+        place: Whether it is a function, or a module, or a module inside an operator or right behind one.
         macs: Multiply-accumulates without the bias; 0 for all but convolutions and linear layers.
         biases: Outputs to which a bias is added.
         inputs: Elements of its input.
@@ -89,7 +89,11 @@ def convolutions(ran: Sequence[Operation]) -> int:
 
 
 def ptflops_2018(
-    ran: Sequence[Operation], relus: Activations = "all", upsampling: bool = True, linear_biases: bool = False
+    ran: Sequence[Operation],
+    relus: Activations = "all",
+    upsampling: bool = True,
+    global_pools: bool = False,
+    linear_biases: bool = False,
 ) -> int:
     """The counter behind Tables V, VI, VII and XI: sovrasov's flops-counter of 2018-10 to 2019-01.
 
@@ -102,13 +106,18 @@ def ptflops_2018(
 
     Args:
         ran: From `operations`.
-        relus: The activations that count: "all"; those in operators and besides them "modules" or what comes right
-            "behind operators"; or "operators" alone.
+        relus: The activations that count: "all"; those that are "modules"; of these only those in "operators"; or
+            these and what comes right "behind operators".
         upsampling: Whether upsampling counts.
+        global_pools: Whether the inputs of a global pooling count, as they did where it was a window of that size.
         linear_biases: Whether the biases of linear layers count.
     """
-    places = {"modules": ("operator", "module"), "behind operators": ("operator", "behind operator")}
-    counted = places.get(relus, ("operator",))
+    counted = {
+        "modules": ("operator", "behind operator", "module"),
+        "operators": ("operator",),
+        "behind operators": ("operator", "behind operator"),
+        "all": ("operator", "behind operator", "module", "function"),
+    }[relus]
     total = 0
     for op in ran:
         match op.kind:
@@ -118,18 +127,20 @@ def ptflops_2018(
                 total += op.macs + (op.biases if linear_biases else 0)
             case "norm":
                 total += 2 * op.outputs
-            case "relu" if relus == "all" or op.place in counted:
+            case "relu" if op.place in counted:
                 total += op.outputs
             case "pool":
+                total += op.inputs
+            case "global_pool" if global_pools:
                 total += op.inputs
             case "upsample" if upsampling:
                 total += op.outputs
     return total
 
 
-def ptflops_baseline(ran: Sequence[Operation], relus: Activations = "all") -> int:
+def ptflops_baseline(ran: Sequence[Operation], relus: Activations = "all", global_pools: bool = False) -> int:
     """As `ptflops_2018`, with the biases of linear layers and without upsampling: some baselines of Tables I to III."""
-    return ptflops_2018(ran, relus, upsampling=False, linear_biases=True)
+    return ptflops_2018(ran, relus, upsampling=False, global_pools=global_pools, linear_biases=True)
 
 
 def thop_2020(ran: Sequence[Operation]) -> int:
@@ -203,8 +214,8 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.found.append(Operation(kind, self._place(args[0]), macs, biases, args[0].numel(), output.numel()))
 
     def _place(self, x: Tensor) -> Place:
+        if not isinstance(self.inside[-1], (nn.ReLU, nn.ReLU6)):
+            return "function"
         if any(isinstance(module, Operator) for module in self.inside):
             return "operator"
-        if any(x is tensor for tensor in self.written):
-            return "behind operator"
-        return "module" if isinstance(self.inside[-1], (nn.ReLU, nn.ReLU6)) else "function"
+        return "behind operator" if any(x is tensor for tensor in self.written) else "module"

@@ -83,6 +83,26 @@ class BigLittle(nn.Module):
         return self.fusion(self.relu(big + little))
 
 
+class Stem(nn.Module):
+    """A big and a little branch in the place of a max-pool: (B, channels, H, W) -> (B, channels, H / 2, W / 2)."""
+
+    def __init__(self, channels: int, alpha: int) -> None:
+        super().__init__()
+        narrow = channels // alpha
+        self.big = nn.Sequential(_conv(channels, channels, 3, 2), nn.BatchNorm2d(channels))
+        self.little = nn.Sequential(
+            *(_conv(channels, narrow, 3), nn.BatchNorm2d(narrow), nn.ReLU(inplace=True)),
+            *(_conv(narrow, narrow, 3, 2), nn.BatchNorm2d(narrow), nn.ReLU(inplace=True)),
+            *(_conv(narrow, channels, 1), nn.BatchNorm2d(channels)),
+        )
+        self.relu = nn.ReLU(inplace=True)
+        self.fusion = nn.Sequential(_conv(channels, channels, 1), nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The smaller map; see the class."""
+        return self.fusion(self.relu(self.big(x) + self.little(x)))
+
+
 class BLResNet(nn.Module):
     """(B, in_channels, H, W) -> (B, num_classes).
 
@@ -98,17 +118,8 @@ class BLResNet(nn.Module):
         self, layers: Sequence[int], alpha: int = 2, beta: int = 4, num_classes: int = 1000, in_channels: int = 3
     ) -> None:
         super().__init__()
-        narrow = 64 // alpha
-        self.relu = nn.ReLU(inplace=True)
-        self.conv1, self.bn1 = _conv(in_channels, 64, 7, 2), nn.BatchNorm2d(64)
-        # The stem's own big and little branch, in the place of a max-pool.
-        self.stem_big = nn.Sequential(_conv(64, 64, 3, 2), nn.BatchNorm2d(64))
-        self.stem_little = nn.Sequential(
-            *(_conv(64, narrow, 3), nn.BatchNorm2d(narrow), nn.ReLU(inplace=True)),
-            *(_conv(narrow, narrow, 3, 2), nn.BatchNorm2d(narrow), nn.ReLU(inplace=True)),
-            *(_conv(narrow, 64, 1), nn.BatchNorm2d(64)),
-        )
-        self.stem_fusion = nn.Sequential(_conv(64, 64, 1), nn.BatchNorm2d(64), nn.ReLU(inplace=True))
+        self.conv1, self.bn1, self.relu = _conv(in_channels, 64, 7, 2), nn.BatchNorm2d(64), nn.ReLU(inplace=True)
+        self.stem = Stem(64, alpha)
         self.layer1 = BigLittle(64, 256, layers[0], alpha, beta, stride=2)
         self.layer2 = BigLittle(256, 512, layers[1], alpha, beta, stride=2)
         self.layer3 = BigLittle(512, 1024, layers[2], alpha, beta, stride=1)
@@ -122,6 +133,6 @@ class BLResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Class logits; see the class."""
         x = self.relu(self.bn1(self.conv1(x)))
-        x = self.stem_fusion(self.relu(self.stem_big(x) + self.stem_little(x)))
+        x = self.stem(x)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(torch.flatten(self.avgpool(x), 1))

@@ -76,7 +76,7 @@ OWN: dict[str, Backbone] = {
     # The stem's 3x3 convolutions stay as they are in Table II.
     "bl_resnet50": Backbone(
         partial(BLResNet, (3, 4, 6, 3)),
-        substitution={"exclude": "stem_*"},
+        substitution={"exclude": "stem.*"},
         no_dilation="what its big branches write is scaled up, so that finer ones would make another network",
     ),
     "dla46_c": Backbone(dla46_c),

@@ -69,6 +69,7 @@ class ChannelGate(nn.Module):
         super().__init__()
         self.squeeze = nn.Conv2d(channels, hidden, 1, bias=False)
         self.norm = nn.BatchNorm2d(hidden)
+        self.relu = nn.ReLU(inplace=True)
         self.excite = nn.Conv2d(hidden, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -79,7 +80,7 @@ class ChannelGate(nn.Module):
             z = functional.batch_norm(z, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
         else:
             z = self.norm(z)
-        return torch.sigmoid(self.excite(functional.relu(z)))
+        return torch.sigmoid(self.excite(self.relu(z)))
 
 
 class SlimConv2d(Operator):

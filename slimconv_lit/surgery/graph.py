@@ -93,14 +93,16 @@ class ChannelGraph:
             if tie.kind == "sum" or pair != {space.labels.tobytes(), other.labels.tobytes()} or other is space:
                 verb = "added to" if tie.kind == "sum" else "multiplied by"
                 raise NotPrivateError(
-                    f"is {verb} what {other.writer} writes" if other is not space else f"is {verb} itself"
+                    f"it is {verb} what {other.writer} writes" if other is not space else f"it is {verb} itself"
                 )
             if len(other.ties) > 1:
-                raise NotPrivateError(f"is multiplied by what {other.writer} writes, which is used elsewhere too")
+                raise NotPrivateError(f"it is multiplied by what {other.writer} writes, which is used elsewhere too")
             gate = Private()
             self._follow(other, gate)
             if gate.readers:
-                raise NotPrivateError(f"is multiplied by what {other.writer} writes, which {gate.readers[0]} reads too")
+                raise NotPrivateError(
+                    f"it is multiplied by what {other.writer} writes, which {gate.readers[0]} reads too"
+                )
             found.gates.append(other.writer)
             found.norms += gate.norms
         if not found.readers:
@@ -112,7 +114,7 @@ class ChannelGraph:
             if use.kind == "output":
                 raise NotPrivateError("the network returns what it writes")
             if use.kind in ("opaque", "operator"):
-                raise NotPrivateError(f"goes into {use.by}")
+                raise NotPrivateError(f"it goes into {use.by}")
             if len(use.labels) % space.size or not np.array_equal(
                 use.labels, np.repeat(space.labels, len(use.labels) // space.size)
             ):
@@ -120,10 +122,10 @@ class ChannelGraph:
                 if others or (use.labels < 0).any():
                     more = f" and {len(others) - 1} more" if len(others) > 1 else ""
                     joined = f"what {others[0]}{more} writes" if others else "other channels"
-                    raise NotPrivateError(f"is concatenated with {joined} before {use.by} reads it")
-                raise NotPrivateError(f"is split or reordered before {use.by} reads it")
+                    raise NotPrivateError(f"it is concatenated with {joined} before {use.by} reads it")
+                raise NotPrivateError(f"it is split or reordered before {use.by} reads it")
             if self.calls[use.by] > 1:
-                raise NotPrivateError(f"is read by {use.by}, which runs more than once")
+                raise NotPrivateError(f"it is read by {use.by}, which runs more than once")
             (found.norms if use.kind == "norm" else found.readers).append(use.by)
 
 

@@ -312,7 +312,7 @@ def _plan(
     try:
         follow = graph.private(name)
     except NotPrivateError as error:
-        raise _LeaveError(f"not private: it {error}") from None
+        raise _LeaveError(f"not private: {error}") from None
     follow.norms = [n for n in follow.norms if n != absorbed]
     for layer in (*follow.readers, *follow.norms, *follow.gates):
         role: Role = "output" if layer in follow.gates else "input"

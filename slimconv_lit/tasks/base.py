@@ -82,7 +82,6 @@ class BaseTask(pl.LightningModule):
         # Plain values, also when built from Python: a checkpoint must load without unpickling a class.
         self.hparams["operator"] = None if operator is None else describe_operator(operator)
         self.hparams["milestones"] = list(milestones)
-        self.hparams.setdefault("_class_path", f"{type(self).__module__}.{type(self).__qualname__}")
         self.model = self.build_model()
         self.loss = self.build_loss()
         self.build_metrics()
@@ -124,6 +123,12 @@ class BaseTask(pl.LightningModule):
         """The datamodule's class names, or numbers where there is no datamodule."""
         names: Sequence[str] | None = getattr(getattr(self._trainer, "datamodule", None), "class_names", None)
         return names or [str(number) for number in range(self.hparams["num_classes"])]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Notes the classes, which Lightning leaves out unless its command line built them."""
+        parts = {"model": self, "data": getattr(self.trainer, "datamodule", None)}
+        classes = {part: type(value) for part, value in parts.items() if value is not None}
+        checkpoint["class_paths"] = {part: f"{cls.__module__}.{cls.__qualname__}" for part, cls in classes.items()}
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """Adds the moving average while fitting; outside of it there is nothing to average."""

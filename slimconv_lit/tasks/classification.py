@@ -19,6 +19,7 @@ class ClassificationTask(BaseTask):
     Batches are (images (B, C, H, W), labels (B,)); for prediction (images, B names).
 
     Args:
+        backbone: A name that `create_backbone` knows.
         num_classes: How many classes there are; the command line takes it from the datamodule.
         in_channels: Channels of the images; the command line takes it from the datamodule.
         label_smoothing: Share of each label that is spread over all classes.
@@ -32,6 +33,7 @@ class ClassificationTask(BaseTask):
 
     def __init__(
         self,
+        backbone: str,
         num_classes: int,
         in_channels: int = 3,
         label_smoothing: float = 0.0,
@@ -39,7 +41,7 @@ class ClassificationTask(BaseTask):
         cutmix_alpha: float = 0.0,
         **base: Any,
     ) -> None:
-        super().__init__(**base)
+        super().__init__(backbone, **base)
         mixes: list[v2.Transform] = []
         if mixup_alpha:
             mixes.append(v2.MixUp(alpha=mixup_alpha, num_classes=num_classes))
@@ -115,7 +117,7 @@ class ClassificationTask(BaseTask):
     def draw(self, batch: tuple[Tensor, Tensor | Sequence[str]], outputs: Tensor) -> list[Picture]:
         """The images, each with its predicted class and, where it is known, its true one."""
         images, labels = batch
-        probabilities, classes = outputs.softmax(1).max(1)
+        probabilities, classes = outputs.detach().softmax(1).max(1)
         pictures = []
         for i, (image, index, probability) in enumerate(zip(self.pixels(images), classes, probabilities, strict=True)):
             caption = f"{self.class_names[int(index)]} ({float(probability):.0%})"

@@ -1,0 +1,166 @@
+from itertools import pairwise
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from slimconv_lit.data import DigitsDataModule
+from slimconv_lit.ops import SlimConv2d
+from slimconv_lit.tasks import ClassificationTask
+
+SMALL = {"backbone": "cifar_resnet20", "num_classes": 10, "in_channels": 1}
+
+
+def trainer(**options):
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    return pl.Trainer(**quiet | {"enable_checkpointing": False} | options)
+
+
+def few(batch_size=4, batches=4):
+    images = torch.randn(batch_size * batches, 1, 8, 8)
+    return DataLoader(TensorDataset(images, torch.arange(len(images)) % 10), batch_size)
+
+
+def learning_rates(epochs, batches=4, **options):
+    """The learning rate of each optimizer step."""
+
+    class Recorder(pl.Callback):
+        def __init__(self):
+            self.rates = []
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    recorder = Recorder()
+    task = ClassificationTask(**SMALL, **options)
+    task.model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    trainer(max_epochs=epochs, callbacks=[recorder], limit_val_batches=0).fit(task, few(batches=batches))
+    return recorder.rates
+
+
+@pytest.mark.parametrize(
+    "operator",
+    [
+        SlimConv2d,
+        "SlimConv2d",
+        {"class_path": "SlimConv2d", "init_args": {"k": "8/3"}},
+    ],
+    ids=["class", "name", "plain"],
+)
+def test_a_checkpoint_made_in_python_reloads_without_unpickling_classes(operator, tmp_path):
+    task = ClassificationTask(**SMALL, operator=operator)
+    fit = trainer(max_epochs=1, limit_train_batches=1, limit_val_batches=0)
+    fit.fit(task, few())
+    path = tmp_path / "x.ckpt"
+    fit.save_checkpoint(path)
+    content = torch.load(path, weights_only=True)
+    assert content["hyper_parameters"]["operator"]["class_path"] == "slimconv_lit.ops.slim_conv.SlimConv2d"
+    again = ClassificationTask.load_from_checkpoint(path, weights_only=True, map_location="cpu").eval()
+    x = torch.randn(2, 1, 8, 8)
+    assert torch.equal(again(x), task.eval()(x))
+
+
+def test_all_hyperparameters_are_plain_and_complete():
+    task = ClassificationTask(**SMALL, milestones=(1, 2), label_smoothing=0.1)
+    assert task.hparams["milestones"] == [1, 2]
+    assert task.hparams["label_smoothing"] == 0.1
+    assert task.hparams["operator"] is None
+    assert {"lr", "schedule", "ema_decay", "mixup_alpha", "num_classes", "in_channels"} <= set(task.hparams)
+
+
+def test_multistep_with_warmup():
+    rates = learning_rates(5, schedule="multistep", milestones=[2, 4], gamma=0.1, warmup_epochs=1, lr=1.0)
+    assert rates[0] == pytest.approx(0.01)
+    assert rates[:4] == sorted(rates[:4])
+    assert rates[4:8] == pytest.approx([1.0] * 4)
+    assert rates[8:16] == pytest.approx([0.1] * 8)
+    assert rates[16:] == pytest.approx([0.01] * 4)
+
+
+@pytest.mark.parametrize("warmup", [0, 1])
+@pytest.mark.parametrize("schedule", ["cosine", "poly"])
+def test_falling_schedules_step_with_the_optimizer_and_end_near_zero(schedule, warmup):
+    rates = learning_rates(6, schedule=schedule, warmup_epochs=warmup, lr=0.5)
+    falling = rates[4 * warmup :]
+    assert falling[0] == pytest.approx(0.5)
+    assert all(later < sooner for sooner, later in pairwise(falling))
+    assert falling[-1] < 0.05
+
+
+def test_constant():
+    assert learning_rates(2, schedule="constant", lr=0.2) == pytest.approx([0.2] * 8)
+
+
+def test_milestones_must_rise():
+    with pytest.raises(ValueError, match="must rise"):
+        learning_rates(2, schedule="multistep", milestones=[2, 1])
+
+
+def test_ema_is_what_is_saved_and_the_raw_weights_go_on(tmp_path):
+    task = ClassificationTask(**SMALL, ema_decay=0.5, schedule="constant")
+    fit = trainer(max_epochs=1, limit_val_batches=0)
+    fit.fit(task, few())
+    fit.save_checkpoint(tmp_path / "x.ckpt")
+    content = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    assert "current_model_state" in content
+    # Testing it needs no callback and no trainer: the average is the ordinary state.
+    again = ClassificationTask.load_from_checkpoint(tmp_path / "x.ckpt", weights_only=True)
+    assert torch.equal(again.state_dict()["model.fc.weight"], content["state_dict"]["model.fc.weight"])
+    assert not any(type(c).__name__ == "EMAWeightAveraging" for c in trainer_after_test(again).callbacks)
+
+
+def trainer_after_test(task):
+    test = trainer()
+    test.test(task, few(batches=1), verbose=False)
+    return test
+
+
+@pytest.mark.parametrize(
+    "mix", [{"mixup_alpha": 0.2}, {"cutmix_alpha": 1.0}, {"mixup_alpha": 0.2, "cutmix_alpha": 1.0}]
+)
+def test_mixing_changes_training_only(mix):
+    task = ClassificationTask(**SMALL, **mix)
+    fit = trainer(max_epochs=1)
+    fit.fit(task, few(), few())
+    assert fit.callback_metrics["train/loss"].isfinite()
+    assert 0 <= fit.callback_metrics["train/top1"] <= 1
+
+
+def test_metrics_are_apart_from_each_other():
+    """Validation at the end of an epoch must not reset what training gathered."""
+    task = ClassificationTask(**SMALL)
+    metrics = [task.train_metrics["top1"], task.val_metrics["top1"], task.test_metrics["top1"]]
+    assert len(set(map(id, metrics))) == 3
+
+
+def test_no_top5_among_few_classes():
+    assert "top5" not in ClassificationTask("cifar_resnet20", num_classes=5).val_metrics
+
+
+def test_learns_digits_and_names_what_it_predicts():
+    pl.seed_everything(0)
+    data = DigitsDataModule(batch_size=64)
+    task = ClassificationTask(**SMALL, lr=0.1, weight_decay=5e-4, nesterov=True, warmup_epochs=1)
+    fit = trainer(max_epochs=3)
+    fit.fit(task, datamodule=data)
+    (result,) = fit.test(task, datamodule=data, verbose=False)
+    assert result["test/top1"] > 0.7
+    rows = [row for batch in fit.predict(task, datamodule=data) for row in batch]
+    assert set(rows[0]) == {"name", "class", "probability"}
+    assert rows[0]["class"] in data.class_names
+    assert len({row["name"] for row in rows}) == len(data.dataset("test"))
+    # The confusion matrix counts every test image once.
+    assert int(task.test_confusion.compute().sum()) == len(data.dataset("test"))
+
+
+def test_pixels_undo_the_normalisation():
+    data = DigitsDataModule()
+    task = ClassificationTask(**SMALL)
+    fit = trainer()
+    fit.test(task, datamodule=data, verbose=False)
+    images, labels = next(iter(data.test_dataloader()))
+    (picture, *_) = task.draw((images[:1], labels[:1]), task(images[:1]))
+    assert picture.image.shape == (3, 16, 16)
+    assert picture.image.dtype == torch.uint8
+    assert (picture.image.min(), picture.image.max()) == (0, 255)
