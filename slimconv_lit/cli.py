@@ -1,5 +1,6 @@
 """`python -m slimconv_lit VERB`: finds the verb. Nothing heavy is imported before one is known."""
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -13,6 +14,7 @@ TOOL_VERBS = {
     "compare": "train a config plain and slim, and put both in one table",
     "models": "list the networks that a config can name",
     "profile": "count parameters and multiply-accumulates of a network, layer by layer",
+    "paper": "rebuild the networks of the SlimConv paper's tables and compare the counts",
 }
 
 USAGE = "\n".join(
@@ -61,8 +63,11 @@ def _run(verb: str, argv: list[str]) -> int:
         else:
             from slimconv_lit.tool_verbs import run_tool
 
-            run_tool(verb, argv)
+            return run_tool(verb, argv)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # `... | head` has read enough; without this, Python would complain once more as it flushes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

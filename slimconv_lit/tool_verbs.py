@@ -1,7 +1,8 @@
 """The command lines of the tool verbs; what they do is elsewhere."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from slimconv_lit.analysis.paper import paper_rows, paper_table
 from slimconv_lit.analysis.report import models_table, profile_table
 from slimconv_lit.errors import Parser, UsageError, explain
 from slimconv_lit.ops import OperatorFactory
@@ -14,7 +15,7 @@ def profile(
     num_classes: int | None = None,
     input_size: int | None = None,
     depth: int | None = 2,
-    style: TableStyle = "table",
+    format: TableStyle = "table",
 ) -> str:
     """Counts the parameters and multiply-accumulates of a network, part by part.
 
@@ -24,34 +25,61 @@ def profile(
         num_classes: Width of the classifier; null for the data that the network was made for.
         input_size: Side of the image in pixels; null for the data that the network was made for.
         depth: How deep to look; 0 shows the total alone, null each layer.
-        style: table, csv, json or md.
+        format: table, csv, json or md.
     """
-    return profile_table(backbone, operator, num_classes, input_size, depth, style)
+    return profile_table(backbone, operator, num_classes, input_size, depth, format)
 
 
-def models(pattern: str | None = None, style: TableStyle = "table") -> str:
+def models(pattern: str | None = None, format: TableStyle = "table") -> str:
     """Lists the networks that a config can name, with what they cost.
 
     Args:
         pattern: Such as 'cifar_*' or 'timm:resnet*'.
-        style: table, csv, json or md.
+        format: table, csv, json or md.
     """
-    return models_table(pattern, style)
+    return models_table(pattern, format)
 
 
-def run_tool(verb: str, argv: Sequence[str]) -> None:
-    """Runs `models` or `profile` and prints the table.
+def paper(table: str | None = None, format: TableStyle = "table") -> str:
+    """Rebuilds the networks of the SlimConv paper's tables and sets printed and computed figures side by side.
+
+    Args:
+        table: One table alone: I or 1, ..., fig8.
+        format: table, csv, json or md.
+
+    Raises:
+        DriftError: If an integer is not the one that paper.yaml records.
+    """
+    rows = paper_rows(table)
+    text = paper_table(rows, format)
+    if not all(row.as_recorded for row in rows):
+        raise DriftError(text)
+    return text
+
+
+class DriftError(Exception):
+    """A count has changed; the message is the table."""
+
+
+def run_tool(verb: str, argv: Sequence[str]) -> int:
+    """Runs `models`, `profile` or `paper` and prints the table; returns the exit status, 1 if `paper` finds a drift.
 
     Raises:
         UsageError: If the command line is wrong.
     """
-    function = {"models": models, "profile": profile}[verb]
+    verbs: dict[str, Callable[..., str]] = {"models": models, "profile": profile, "paper": paper}
+    function = verbs[verb]
     parser = Parser(prog=f"python -m slimconv_lit {verb}", description=(function.__doc__ or "").partition("\n")[0])
-    positional = {"models": "pattern", "profile": "backbone"}[verb]
-    parser.add_argument(positional, type=str, nargs="?" if verb == "models" else None)
-    parser.add_function_arguments(function, skip={positional})
+    positional = {"models": "pattern", "profile": "backbone"}.get(verb)
+    if positional:
+        parser.add_argument(positional, type=str, nargs="?" if verb == "models" else None)
+    parser.add_function_arguments(function, skip={positional} if positional else set())
     try:
         given = parser.instantiate_classes(parser.parse_args(list(argv)))
         print(function(**given.as_dict()))
     except (UsageError, ValueError) as error:
         raise UsageError(explain(str(error), list(parser.get_defaults().keys()), argv)) from error
+    except DriftError as error:
+        print(error)
+        return 1
+    return 0

@@ -80,8 +80,7 @@ class PaperRow:
             row[f"{figure} prints"] = "yes" if self.prints(figure) else "no"
         row["convention"] = self.entry["convention"]
         row |= {"params (exact)": self.params, "counted (exact)": self.counted, "macs (exact)": self.macs}
-        row["note"] = self.entry.get("note", "") + ("" if self.as_recorded else " INTEGERS DIFFER FROM paper.yaml")
-        return row
+        return row | {"note": _note(self)}
 
 
 def _round(value: Decimal, like: Decimal) -> Decimal:
@@ -144,10 +143,32 @@ def paper_rows(table: str | None = None) -> list[PaperRow]:
 
 
 def paper_table(rows: list[PaperRow], style: TableStyle = "table") -> str:
-    """Rebuilt rows as text; the table for the terminal ends with how many figures print."""
-    text = format_table([row.as_dict() for row in rows], style)
-    if style != "table":
-        return text
+    """Rebuilt rows as text: everything for programs ("csv", "json"), and for readers less, with the notes below."""
+    if style in ("csv", "json"):
+        return format_table([row.as_dict() for row in rows], style)
+    notes = {note: number for number, note in enumerate(dict.fromkeys(filter(None, map(_note, rows))), 1)}
+    shown: list[dict[str, object]] = []
+    for row in rows:
+        line: dict[str, object] = {"table": row.table, "network": row.entry["name"]}
+        for figure in ("params", "flops", "ratio"):
+            if figure in row.entry["printed"]:
+                text = Decimal(row.entry["printed"][figure])
+                ours = f"{_round(row.computed(figure), text.scaleb(-2))}{'' if row.prints(figure) else ' *'}"
+                difference = f"{100 * (row.computed(figure) / text - 1):+.2f} %" if text else ""
+                line |= {figure: str(text), f"our {figure}": ours, f"{figure} off by": difference}
+        convention = row.entry["convention"]
+        line |= {"counted by": convention, "macs": row.macs, "note": f"[{notes[_note(row)]}]" if _note(row) else ""}
+        shown.append(line)
     figures = [(row, figure) for row in rows for figure in row.entry["printed"] if figure != "score"]
     exact = sum(row.prints(figure) for row, figure in figures)
-    return f"{text}\n{exact} of {len(figures)} printed figures are reached digit by digit"
+    below = [f"[{number}] {note}" for note, number in notes.items()]
+    summary = f"{exact} of {len(figures)} printed figures are reached digit by digit; * marks those that are not."
+    # In Markdown, lines that follow each other run together.
+    return "\n".join([format_table(shown, style), "", *below, *([""] if below else []), summary]).replace(
+        "\n[", "\n\n[" if style == "md" else "\n["
+    )
+
+
+def _note(row: PaperRow) -> str:
+    drift = "" if row.as_recorded else "INTEGERS DIFFER from paper.yaml. "
+    return drift + row.entry.get("note", "")

@@ -34,6 +34,30 @@ class Picture(NamedTuple):
     correct: bool | None = None
 
 
+class MovingAverage(EMAWeightAveraging):
+    """Lightning's moving average, which in a test or validation that follows a fit leaves the weights alone.
+
+    Its parent would put the weights that were trained on, or the last average, in the place of the checkpoint's.
+    """
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Restores average and weights when a fit goes on."""
+        if trainer.state.fn == "fit":
+            super().on_load_checkpoint(trainer, pl_module, checkpoint)
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Puts the average in place for the validations of a fit."""
+        if trainer.state.fn == "fit":
+            super().on_validation_epoch_start(trainer, pl_module)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Puts the weights that are trained back."""
+        if trainer.state.fn == "fit":
+            super().on_validation_epoch_end(trainer, pl_module)
+
+
 class BaseTask(pl.LightningModule):
     """A task is its hyperparameters plus three hooks: `build_model`, `build_loss` and `build_metrics`.
 
@@ -133,7 +157,7 @@ class BaseTask(pl.LightningModule):
     def configure_callbacks(self) -> list[pl.Callback]:
         """Adds the moving average while fitting; outside of it there is nothing to average."""
         decay = self.hparams["ema_decay"]
-        return [EMAWeightAveraging(decay=decay)] if decay and self.trainer.state.fn == "fit" else []
+        return [MovingAverage(decay=decay)] if decay and self.trainer.state.fn == "fit" else []
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """SGD with the schedule, which is stepped after each optimizer step."""

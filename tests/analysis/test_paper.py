@@ -70,6 +70,8 @@ def test_the_printed_figures_are_the_papers():
 def test_the_tables_as_text(rows):
     text = paper_table(rows[:4])
     assert "Sc-ResNet-50" in text
+    assert "[1] 18.345 is printed cut off" in text
+    assert "2.9074 *" in text
     assert "printed figures are reached digit by digit" in text
     parsed = json.loads(paper_table(rows, "json"))
     assert len(parsed) == len(rows)
@@ -93,6 +95,7 @@ def test_a_drift_is_seen_and_said():
     row = rebuild(table, entry | {"params": 1})
     assert not row.as_recorded
     assert "INTEGERS DIFFER" in paper_table([row])
+    assert "INTEGERS DIFFER" in paper_table([row], "json")
 
 
 def test_rounding_is_the_tables():

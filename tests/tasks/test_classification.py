@@ -3,6 +3,7 @@ from itertools import pairwise
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from slimconv_lit.data import DigitsDataModule
@@ -97,23 +98,42 @@ def test_milestones_must_rise():
         learning_rates(2, schedule="multistep", milestones=[2, 1])
 
 
+def saver(folder):
+    # While the fit is on: after it, the average is in the place of the raw weights.
+    return ModelCheckpoint(folder, save_last=True, save_on_train_epoch_end=True)
+
+
 def test_ema_is_what_is_saved_and_the_raw_weights_go_on(tmp_path):
     task = ClassificationTask(**SMALL, ema_decay=0.5, schedule="constant")
-    fit = trainer(max_epochs=1, limit_val_batches=0)
+    fit = trainer(max_epochs=1, limit_val_batches=0, enable_checkpointing=True, callbacks=[saver(tmp_path)])
     fit.fit(task, few())
-    fit.save_checkpoint(tmp_path / "x.ckpt")
-    content = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    path = tmp_path / "last.ckpt"
+    content = torch.load(path, weights_only=True)
     assert "current_model_state" in content
-    # Testing it needs no callback and no trainer: the average is the ordinary state.
-    again = ClassificationTask.load_from_checkpoint(tmp_path / "x.ckpt", weights_only=True)
-    assert torch.equal(again.state_dict()["model.fc.weight"], content["state_dict"]["model.fc.weight"])
-    assert not any(type(c).__name__ == "EMAWeightAveraging" for c in trainer_after_test(again).callbacks)
+    average, raw = (content[key]["model.fc.weight"] for key in ("state_dict", "current_model_state"))
+    assert not torch.equal(average, raw)
+    again = ClassificationTask.load_from_checkpoint(path, weights_only=True)
+    assert torch.equal(again.model.fc.weight, average)
+    # In the trainer that did the fit, too, where Lightning's own callback restores the raw weights.
+    for verb in (fit.test, fit.validate):
+        torch.nn.init.zeros_(task.model.fc.weight)
+        verb(task, few(batches=1), ckpt_path=path, verbose=False)
+        assert torch.equal(task.model.fc.weight, average)
 
 
-def trainer_after_test(task):
-    test = trainer()
-    test.test(task, few(batches=1), verbose=False)
-    return test
+def test_a_fit_with_ema_goes_on_where_it_was(tmp_path):
+    def run(name, epochs, ckpt_path=None):
+        pl.seed_everything(0)
+        task = ClassificationTask(**SMALL, ema_decay=0.9, schedule="constant", lr=0.01)
+        keep = {"enable_checkpointing": True, "callbacks": [saver(tmp_path / name)]}
+        trainer(max_epochs=epochs, limit_val_batches=0, **keep).fit(task, few(), ckpt_path=ckpt_path)
+        return torch.load(tmp_path / name / "last.ckpt", weights_only=True)
+
+    whole, _ = run("whole", 2), run("half", 1)
+    resumed = run("resumed", 2, tmp_path / "half" / "last.ckpt")
+    for key in ("state_dict", "current_model_state"):
+        for name, value in whole[key].items():
+            torch.testing.assert_close(resumed[key][name], value, msg=f"{key} {name}")
 
 
 @pytest.mark.parametrize(
@@ -135,7 +155,7 @@ def test_metrics_are_apart_from_each_other():
 
 
 def test_no_top5_among_few_classes():
-    assert "top5" not in ClassificationTask("cifar_resnet20", num_classes=5).val_metrics
+    assert "top5" not in ClassificationTask("cifar_resnet20", 5).val_metrics
 
 
 def test_learns_digits_and_names_what_it_predicts():

@@ -1,0 +1,96 @@
+import pytest
+import torch
+
+from slimconv_lit.config_files import (
+    CONFIGS,
+    checkpoint_config,
+    compose,
+    find_checkpoint,
+    find_config,
+    load_config,
+    merge,
+)
+
+
+def write(folder, **files):
+    for name, text in files.items():
+        path = folder / f"{name.replace('__', '/')}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def test_the_current_folder_comes_before_the_checkout(in_tmp):
+    assert find_config("quickstart.yaml") == CONFIGS / "quickstart.yaml"
+    assert find_config("quickstart") == CONFIGS / "quickstart.yaml"
+    write(in_tmp, quickstart="trainer: {}")
+    assert find_config("quickstart.yaml").resolve() == in_tmp / "quickstart.yaml"
+
+
+def test_a_mistyped_config_name(in_tmp):
+    with pytest.raises(FileNotFoundError, match=r"'quikstart.yaml'; did you mean 'quickstart.yaml'"):
+        find_config("quikstart.yaml")
+
+
+def test_parts_and_bases_count_from_the_file_that_names_them(in_tmp):
+    write(
+        in_tmp,
+        a__b="base: c.yaml\ndata: ../parts/d.yaml\nmodel:\n  base: ../parts/m.yaml\n  init_args:\n    lr: 0.5",
+        a__c="trainer:\n  max_epochs: 3\n  devices: 1\nmodel:\n  class_path: Gone",
+        parts__d="class_path: D\ninit_args:\n  batch_size: 4",
+        parts__m="class_path: M\ninit_args:\n  lr: 1e-4\n  momentum: 0.9",
+    )
+    assert load_config(in_tmp / "a" / "b.yaml") == {
+        "trainer": {"max_epochs": 3, "devices": 1},
+        "data": {"class_path": "D", "init_args": {"batch_size": 4}},
+        "model": {"class_path": "M", "init_args": {"lr": 0.5, "momentum": 0.9}},
+    }
+    # 1e-4 is a number here, though not to YAML 1.1.
+    assert load_config(in_tmp / "parts" / "m.yaml")["init_args"]["lr"] == 1e-4
+
+
+def test_a_missing_part_names_the_file_that_asks_for_it(in_tmp):
+    write(in_tmp, x="data: parts/none.yaml", y="just text")
+    with pytest.raises(FileNotFoundError, match=r"x.yaml: it names 'parts/none.yaml'"):
+        load_config(in_tmp / "x.yaml")
+    with pytest.raises(ValueError, match=r"y.yaml: expected `key: value` lines"):
+        load_config(in_tmp / "y.yaml")
+
+
+def test_another_class_does_not_inherit_arguments():
+    slim = {"operator": {"class_path": "slimconv_lit.SlimConv2d", "init_args": {"k": 2, "min_hidden": 4}}}
+    same = merge(slim, {"operator": {"class_path": "SlimConv2d", "init_args": {"k": 4}}})
+    assert same["operator"]["init_args"] == {"k": 4, "min_hidden": 4}
+    other = merge(slim, {"operator": {"class_path": "OctConv2d", "init_args": {"alpha": 1}}})
+    assert other["operator"]["init_args"] == {"alpha": 1}
+    assert merge(slim, {"operator": None}) == {"operator": None}
+
+
+def test_a_checkpoint_s_config_needs_no_pretrained_weights(in_tmp):
+    hparams = {"_class_path": "M", "_instantiator": "x", "backbone_options": {"weights": "DEFAULT", "exclude": "a.*"}}
+    torch.save({"hyper_parameters": hparams}, "x.ckpt")
+    config = checkpoint_config(in_tmp / "x.ckpt")
+    assert config == {"model": {"class_path": "M", "init_args": {"backbone_options": {"exclude": "a.*"}}}}
+
+
+def test_last_and_best_are_those_of_the_newest_run_that_has_them(in_tmp):
+    for run in (
+        "a/2026-01-02_00-00-00",
+        "b/2026-01-03_00-00-00",
+        "b/2026-01-01_00-00-00",
+        "b/2026-01-04_00-00-00-test",
+    ):
+        (in_tmp / "runs" / run / "checkpoints").mkdir(parents=True)
+        if "test" not in run:
+            (in_tmp / "runs" / run / "checkpoints" / "last.ckpt").touch()
+    assert find_checkpoint("last", in_tmp / "runs").parts[-4:-2] == ("b", "2026-01-03_00-00-00")
+    assert find_checkpoint("last", in_tmp / "runs", "a").parts[-4] == "a"
+    with pytest.raises(FileNotFoundError, match=r"--ckpt_path best: there is no .*best.ckpt"):
+        find_checkpoint("best", in_tmp / "runs")
+    with pytest.raises(FileNotFoundError, match="there is no file 'x.ckpt'"):
+        find_checkpoint("x.ckpt", in_tmp / "runs")
+
+
+def test_a_verb_without_weights_is_refused():
+    with pytest.raises(ValueError, match="test needs --ckpt_path"):
+        compose("test", ["--config", "quickstart.yaml"])
+    assert compose("test", ["--config", "quickstart.yaml", "--model.backbone_options={weights: DEFAULT}"])

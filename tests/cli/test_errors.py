@@ -1,0 +1,77 @@
+"""A mistake gets one short answer with the closest accepted name, and exit status 2."""
+
+import pytest
+
+from slimconv_lit.cli import main
+
+MISTAKES = {
+    "--trainer.max_epoch=3": "did you mean 'trainer.max_epochs'",
+    "--model.lrr=0.1": "'--model.lrr' is not accepted; did you mean 'lr'",
+    "--data.batch_siz=4": "did you mean 'batch_size'",
+    "--naem=x": "did you mean 'name'",
+    "--optimizer.lr=1": "'--optimizer.lr' is not accepted",
+    "--model.operator=SlimCnv2d": "model.operator: there is no class 'SlimCnv2d' that fits; did you mean 'SlimConv2d'",
+    "--model.operator=SlimConv2d --model.operator.kk=2": "did you mean 'k'",
+    "--model.operator.k=2": "it belongs to SlimConv2d, which must be named first",
+    "--model.operator=SlimConv2d --model.operator.arrangement=flp": "there is no 'flp'; did you mean 'flip'",
+    "--model.operator=SlimConv2d --model.operator.k=1.9": "nearest: 4/3 (n=2) or 2 (n=3)",
+    "--model.operator=torch.nn.ReLU": "there is no class 'torch.nn.ReLU' that fits",
+    "--model=Classification": "model: there is no class 'Classification' that fits; did you mean 'ClassificationTask'",
+    "--model.backbone=cifar_resnet21": "backbone: there is no 'cifar_resnet21'; did you mean",
+    "--data=DigitDataModule": "did you mean 'DigitsDataModule'",
+    "--trainer.callbacks+=EarlyStoping": "did you mean 'EarlyStopping'",
+    "--model.lr=abc": "model.lr: expected float, not 'abc'",
+    "--model.schedule=cosin": "model.schedule: there is no 'cosin'; did you mean 'cosine'",
+    "--trainer.max_epochs=three": "trainer.max_epochs: expected int, not 'three'",
+    "--trainer.accelerator=gpuu": "invalid accelerator name",
+    "--logger=wndb": "did you mean 'wandb'",
+    "--ckpt_path=last": "--ckpt_path last: there is no",
+    "--config=quikstart.yaml": "did you mean 'quickstart.yaml'",
+}
+
+
+@pytest.mark.parametrize("words", MISTAKES)
+def test_mistakes_on_the_command_line(words, in_tmp, capsys):
+    assert main(["fit", "--config", "quickstart.yaml", *words.split()]) == 2
+    answer = capsys.readouterr().err
+    assert MISTAKES[words] in answer
+    told = [line for line in answer.splitlines() if "Seed set" not in line]
+    assert len(told) <= 3
+    assert all(len(line) < 250 for line in told)
+    assert not list(in_tmp.rglob("runs/*/*")), "a run that never began leaves no folder"
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("trainer:\n  max_epoch: 3", "'trainer.max_epoch' is not accepted; did you mean 'trainer.max_epochs'"),
+        ("modle:\n  class_path: ClassificationTask", "did you mean 'model'"),
+        ("model:\n  init_args:\n    lrr: 3", "'lrr' is not accepted; did you mean 'lr'"),
+        ("model:\n  class_path: ClassificationTsk", "did you mean 'ClassificationTask'"),
+    ],
+)
+def test_mistakes_in_a_file(text, answer, in_tmp, capsys):
+    (in_tmp / "x.yaml").write_text(text)
+    assert main(["fit", "--config", "quickstart.yaml", "--config", "x.yaml"]) == 2
+    assert answer in capsys.readouterr().err
+
+
+def test_what_is_missing(capsys):
+    assert main(["fit"]) == 2
+    assert "--config" in capsys.readouterr().err
+    assert main(["test"]) == 2
+    assert "test needs --ckpt_path" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["models", "profile"])
+def test_mistakes_of_tool_verbs(verb, capsys):
+    assert main([verb, "cifar_resnet21"]) == 2
+    assert "'cifar_resnet21'" in capsys.readouterr().err
+    assert main([verb, "cifar_resnet20", "--styl=md"]) == 2
+    assert "did you mean 'style'" in capsys.readouterr().err
+
+
+def test_the_traceback_of_a_constructor_is_to_be_had(monkeypatch, in_tmp):
+    monkeypatch.setenv("JSONARGPARSE_DEBUG", "1")
+    with pytest.raises(ValueError, match="cifar_resnet21"):
+        main(["fit", "--config", "quickstart.yaml", "--model.backbone=cifar_resnet21"])
