@@ -48,13 +48,12 @@ def load_config(path: Path) -> Config:
     values = get_loader("yaml")(path.read_text())
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected `key: value` lines, found {type(values).__name__}")
-    values = _with_bases(values, path)
     for part in PARTS:
         if isinstance(values.get(part), str) and values[part].endswith((".yaml", ".yml")):
             values[part] = _load_named(values[part], path)
         elif isinstance(values.get(part), dict):
             values[part] = _with_bases(values[part], path)
-    return values
+    return _with_bases(values, path)
 
 
 def _with_bases(values: Config, path: Path) -> Config:

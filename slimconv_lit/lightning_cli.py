@@ -113,7 +113,7 @@ class SlimCLI(LightningCLI):
                     self.run_folder.path.rmdir()
             if os.environ.get("JSONARGPARSE_DEBUG"):
                 raise
-            hint = "\n(JSONARGPARSE_DEBUG=1 shows where it was raised)"
+            hint = "\n(JSONARGPARSE_DEBUG=true shows where it was raised)"
             raise UsageError(explain(str(error).partition("Given value")[0]) + hint) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

@@ -6,6 +6,8 @@ import warnings
 _WARNINGS = {
     # Lightning 2.6 asks torch 2.12+ in the old way whether a tree is a leaf; the answer is the same.
     r".*isinstance\(treespec, LeafSpec\).*": FutureWarning,
+    # The run folder is new; what lies in it already are the other logger's files and the configuration.
+    r"Experiment logs directory .* exists and is not empty.*": UserWarning,
 }
 _MESSAGES = (
     # Advertisements of other products.

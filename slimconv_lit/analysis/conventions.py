@@ -209,7 +209,9 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
         macs = biases = 0
         if kind in ("conv", "linear"):
             weight = args[1]
-            macs = output.numel() * (weight.numel() // weight.shape[0])
+            # A transposed convolution spreads every input, an ordinary one gathers every output.
+            each = args[0] if kind == "conv" and args[6] else output
+            macs = each.numel() * (weight.numel() // weight.shape[0])
             biases = output.numel() if len(args) > 2 and args[2] is not None else 0
         self.found.append(Operation(kind, self._place(args[0]), macs, biases, args[0].numel(), output.numel()))
 

@@ -5,7 +5,8 @@ from typing import Any
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from slimconv_lit.analysis.complexity import InputSize, LayerCost, macs, macs_by_layer, params
+from slimconv_lit.analysis import conventions
+from slimconv_lit.analysis.complexity import InputSize, LayerCost, macs_by_layer, params
 from slimconv_lit.backbones.presets import PRESETS
 from slimconv_lit.backbones.registry import create_backbone, list_backbones, made_for, unknown_backbone
 from slimconv_lit.backbones.stages import WithoutWeights
@@ -32,7 +33,7 @@ def models_rows(pattern: str | None = None) -> list[dict[str, object]]:
         size, classes = made_for(name)
         with WithoutWeights():
             model = create_backbone(name, num_classes=classes)
-        counts = {"params": params(model), "macs": macs(model, size)}
+        counts = {"params": params(model), "macs": conventions.macs(conventions.operations(model, size))}
         rows.append({"backbone": name, **counts, "image": f"{size}x{size}", "classes": classes})
     return rows
 

@@ -34,6 +34,11 @@ Inputs: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, FrozenBatchNorm2d)
 LEAVES = (nn.Conv2d, nn.Linear, Operator, *NORMS)
 
+_SAME_SHAPE = {
+    *(aten.batch_norm, aten.relu, aten.relu_, aten.hardtanh, aten.hardtanh_, aten.silu, aten.silu_, aten.sigmoid),
+    *(aten.hardswish, aten.hardswish_, aten.gelu),
+}
+
 # Tried in turn where the caller gives no example: ImageNet first, then CIFAR and other common sizes.
 SIZES = (224, 32, 256, 64, 128, 299, 28, 96, 384, 512)
 
@@ -90,11 +95,20 @@ def example_inputs(model: nn.Module, example: Any = None) -> Iterator[Inputs]:
         yield (torch.empty(2, channels, height, width, dtype=dtype, device="meta"),), {}
 
 
+class _ShapesOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """On meta tensors, hands out a result of the right shape where torch would take milliseconds to work it out."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in _SAME_SHAPE and args[0].device.type == "meta":
+            return args[0] if func.overloadpacket.__name__.endswith("_") else args[0].new_empty(args[0].shape)
+        return func(*args, **(kwargs or {}))
+
+
 @contextmanager
 def quiet_pass() -> Iterator[None]:
-    """For a forward pass that only looks: eager also where the network is compiled, random numbers left as they are."""
-    stance = torch.compiler.set_stance("force_eager")
-    with stance, torch.random.fork_rng(devices=[]), torch.inference_mode():
+    """For a pass on the meta device: quick, eager where the network is compiled, random numbers left as they are."""
+    stance, shapes = torch.compiler.set_stance("force_eager"), _ShapesOnly()  # type: ignore[no-untyped-call]
+    with stance, torch.random.fork_rng(devices=[]), torch.inference_mode(), shapes:
         yield
 
 

@@ -4,7 +4,7 @@ import torchvision
 from fvcore.nn import FlopCountAnalysis
 from torch import nn
 
-from slimconv_lit.analysis import macs, macs_by_layer, params
+from slimconv_lit.analysis import conventions, macs, macs_by_layer, params
 from slimconv_lit.backbones import create_backbone
 from slimconv_lit.backbones.stages import WithoutWeights
 from slimconv_lit.ops import SlimConv2d
@@ -93,6 +93,7 @@ def test_every_kind_of_layer():
     assert costs[""].output == ()
     assert params(model) == sum(p.numel() for p in model.parameters())
     assert costs["tokens"].output == (64, 5)
+    assert conventions.macs(conventions.operations(model, (4, 9, 8))) == costs[""].macs
 
 
 def test_the_model_is_left_alone():

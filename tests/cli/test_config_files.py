@@ -86,7 +86,7 @@ def test_last_and_best_are_those_of_the_newest_run_that_has_them(in_tmp):
     assert find_checkpoint("last", in_tmp / "runs", "a").parts[-4] == "a"
     with pytest.raises(FileNotFoundError, match=r"--ckpt_path best: there is no .*best.ckpt"):
         find_checkpoint("best", in_tmp / "runs")
-    with pytest.raises(FileNotFoundError, match="there is no file 'x.ckpt'"):
+    with pytest.raises(FileNotFoundError, match=r"there is no file 'x\.ckpt'"):
         find_checkpoint("x.ckpt", in_tmp / "runs")
 
 

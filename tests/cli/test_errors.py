@@ -67,11 +67,11 @@ def test_what_is_missing(capsys):
 def test_mistakes_of_tool_verbs(verb, capsys):
     assert main([verb, "cifar_resnet21"]) == 2
     assert "'cifar_resnet21'" in capsys.readouterr().err
-    assert main([verb, "cifar_resnet20", "--styl=md"]) == 2
-    assert "did you mean 'style'" in capsys.readouterr().err
+    assert main([verb, "cifar_resnet20", "--formt=md"]) == 2
+    assert "did you mean 'format'" in capsys.readouterr().err
 
 
 def test_the_traceback_of_a_constructor_is_to_be_had(monkeypatch, in_tmp):
-    monkeypatch.setenv("JSONARGPARSE_DEBUG", "1")
+    monkeypatch.setenv("JSONARGPARSE_DEBUG", "true")
     with pytest.raises(ValueError, match="cifar_resnet21"):
         main(["fit", "--config", "quickstart.yaml", "--model.backbone=cifar_resnet21"])

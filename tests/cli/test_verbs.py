@@ -227,7 +227,7 @@ def test_compare_answers_mistakes_before_it_trains(in_tmp, capsys):
 
 
 def test_tool_verbs(capsys):
-    assert main(["models", "cifar_resnet20", "--style=csv"]) == 0
+    assert main(["models", "cifar_resnet20", "--format=csv"]) == 0
     assert "cifar_resnet20,275572,40556800" in capsys.readouterr().out
     assert main(["profile", "cifar_resnet20", "--operator=SlimConv2d", "--operator.k=8/3", "--depth=0"]) == 0
     assert "SlimConv2d" in capsys.readouterr().out

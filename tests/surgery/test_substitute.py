@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from slimconv_lit import SlimConv2d, slimify, substitute
+from slimconv_lit.ops import GhostConv2d
 
 
 class Bottleneck(nn.Module):
@@ -184,6 +185,37 @@ def test_include_and_exclude_are_name_patterns():
     assert report.left["blocks.2.conv2"] == "not named by include"
     with pytest.raises(ValueError, match=r"include='block\..*' matches no spatial convolution"):
         slimify(model, include="block.*.conv2")
+
+
+def test_1x1_convolutions_are_taken_on_request():
+    model = Net(Bottleneck(), Bottleneck(gated=True))
+    assert substitute(model, GhostConv2d, include="*.conv?").replaced == ["blocks.0.conv2", "blocks.1.conv2"]
+    report = substitute(model, GhostConv2d, exclude="*.fc?", pointwise=True)
+    assert report.replaced == [f"blocks.{i}.conv{j}" for i in range(2) for j in (1, 3)]
+    assert report.left["blocks.1.fc1"] == "excluded by '*.fc?'"
+    assert isinstance(model.blocks[0].conv1, GhostConv2d)
+    assert isinstance(model.blocks[0].bn1, nn.Identity)
+    assert trains(model)
+
+
+def test_a_slim_1x1_narrows_its_readers_too():
+    model = Net(Bottleneck())
+    assert slimify(model, exclude="*.conv2").replaced == []
+    assert substitute(model, SlimConv2d, include="*.conv1", pointwise=True).replaced == ["blocks.0.conv1"]
+    assert model.blocks[0].conv2.in_channels == 48
+    assert trains(model)
+
+
+def test_the_trial_finds_norms_of_another_width():
+    """It does not go through their arithmetic, but it checks what they read."""
+
+    class Careless(SlimConv2d):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.top[1] = nn.BatchNorm2d(self.top[1].num_features + 1)
+
+    report = substitute(Net(Bottleneck()), Careless)
+    assert "a norm of 17 channels reads a map of shape (2, 16, " in report.left["blocks.0.conv2"]
 
 
 def test_an_operator_by_class_partial_name_or_plain_values():
