@@ -67,6 +67,9 @@ def _run(verb: str, argv: list[str]) -> int:
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except SystemExit as done:
+        # What `--help` and `--print_config` end with.
+        return done.code if isinstance(done.code, int) else int(done.code is not None)
     except BrokenPipeError:
         # `... | head` has read enough; without this, Python would complain once more as it flushes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

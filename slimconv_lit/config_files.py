@@ -97,9 +97,6 @@ def checkpoint_config(path: Path) -> Config:
     for part, key in (("model", "hyper_parameters"), ("data", "datamodule_hyper_parameters")):
         init_args = dict(checkpoint.get(key) or {})
         init_args.pop("_instantiator", None)
-        for pretrained in ("weights", "pretrained"):
-            # The checkpoint's own weights come over them, so they need not be fetched.
-            (init_args.get("backbone_options") or {}).pop(pretrained, None)
         noted = checkpoint.get("class_paths", {}).get(part)
         if class_path := init_args.pop("_class_path", noted):
             config[part] = {"class_path": class_path, "init_args": init_args}
@@ -162,6 +159,13 @@ def compose(verb: str, argv: Sequence[str]) -> list[str]:
         config = merge(carried, config)
         name = name or (run.parent.name if checkpoint.parent.name == "checkpoints" else None)
         rest.append(f"--ckpt_path={checkpoint}")
-    elif verb != "fit" and not re.search("weights|pretrained", " ".join([json.dumps(config), *rest])):
+    elif verb != "fit" and not _starts_from_weights(config, rest):
         raise ValueError(f"{verb} needs --ckpt_path: a file, or `last` or `best` for that of the newest run")
     return ["--config", json.dumps(config), *rest, f"--name={name or verb}", f"--run_root={root}"]
+
+
+def _starts_from_weights(config: Config, words: Sequence[str]) -> bool:
+    init_args = config.get("model", {}).get("init_args", {})
+    named = [init_args.get("weights"), *(init_args.get("backbone_options") or {})]
+    typed = [word for word in words if re.match(r"--model\.(init_args\.)?(weights|backbone_options)\b(?!_)", word)]
+    return bool({"weights", "pretrained"} & set(named[1:]) or named[0] or typed)

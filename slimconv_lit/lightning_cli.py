@@ -77,6 +77,12 @@ class SlimCLI(LightningCLI):
         for target, (source, compute) in _LINKS.items():
             parser.link_arguments(source, f"model.init_args.{target}", compute_fn=compute, apply_on="instantiate")
 
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        # Our checkpoints hold nothing that would have to be unpickled; a stranger's file must not run code.
+        parser.set_defaults(weights_only=True)
+        return parser
+
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parses `args` alone; Lightning's own version also looks at `sys.argv`.
 
@@ -166,7 +172,7 @@ class SlimCLI(LightningCLI):
         if not own["test_after"] or folder is None:
             return
         best = getattr(self.trainer.checkpoint_callback, "best_model_path", "") or None
-        (tested,) = self.trainer.test(self.model, self.datamodule, ckpt_path=best, verbose=False)
+        (tested,) = self.trainer.test(self.model, self.datamodule, ckpt_path=best, weights_only=True, verbose=False)
         self.results = {
             "network": describe_network(self.model.hparams),
             **tested,

@@ -75,7 +75,7 @@ def run_tool(verb: str, argv: Sequence[str]) -> int:
         parser.add_argument(positional, type=str, nargs="?" if verb == "models" else None)
     parser.add_function_arguments(function, skip={positional} if positional else set())
     try:
-        given = parser.instantiate_classes(parser.parse_args(list(argv)))
+        given = parser.instantiate(parser.parse_args(list(argv)))
         print(function(**given.as_dict()))
     except (UsageError, ValueError) as error:
         raise UsageError(explain(str(error), list(parser.get_defaults().keys()), argv)) from error

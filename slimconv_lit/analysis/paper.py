@@ -147,10 +147,12 @@ def paper_table(rows: list[PaperRow], style: TableStyle = "table") -> str:
     if style in ("csv", "json"):
         return format_table([row.as_dict() for row in rows], style)
     notes = {note: number for number, note in enumerate(dict.fromkeys(filter(None, map(_note, rows))), 1)}
+    figures = [figure for figure in ("params", "flops", "ratio") if any(figure in r.entry["printed"] for r in rows)]
     shown: list[dict[str, object]] = []
     for row in rows:
         line: dict[str, object] = {"table": row.table, "network": row.entry["name"]}
-        for figure in ("params", "flops", "ratio"):
+        for figure in figures:
+            line |= {figure: None, f"our {figure}": None, f"{figure} off by": None}
             if figure in row.entry["printed"]:
                 text = Decimal(row.entry["printed"][figure])
                 ours = f"{_round(row.computed(figure), text.scaleb(-2))}{'' if row.prints(figure) else ' *'}"
@@ -159,10 +161,10 @@ def paper_table(rows: list[PaperRow], style: TableStyle = "table") -> str:
         convention = row.entry["convention"]
         line |= {"counted by": convention, "macs": row.macs, "note": f"[{notes[_note(row)]}]" if _note(row) else ""}
         shown.append(line)
-    figures = [(row, figure) for row in rows for figure in row.entry["printed"] if figure != "score"]
-    exact = sum(row.prints(figure) for row, figure in figures)
+    printed = [(row, figure) for row in rows for figure in figures if figure in row.entry["printed"]]
+    exact = sum(row.prints(figure) for row, figure in printed)
     below = [f"[{number}] {note}" for note, number in notes.items()]
-    summary = f"{exact} of {len(figures)} printed figures are reached digit by digit; * marks those that are not."
+    summary = f"{exact} of {len(printed)} printed figures are reached digit by digit; * marks those that are not."
     # In Markdown, lines that follow each other run together.
     return "\n".join([format_table(shown, style), "", *below, *([""] if below else []), summary]).replace(
         "\n[", "\n\n[" if style == "md" else "\n["

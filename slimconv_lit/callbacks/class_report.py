@@ -23,6 +23,8 @@ def draw_confusion(counts: npt.NDArray[np.int64], names: Sequence[str]) -> Figur
     named = len(names) <= _MOST_NAMES
     side = max(4.5, 0.45 * len(names)) if named else 7.0
     figure = Figure(figsize=(side + 0.8, side), layout="constrained", dpi=110)
+    # Without it the outer labels touch the edge.
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)  # type: ignore[call-arg, union-attr]
     axes = figure.subplots()
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     figure.colorbar(image, label="share of the true class", shrink=0.85)

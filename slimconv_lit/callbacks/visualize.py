@@ -25,14 +25,20 @@ def contact_sheet(pictures: Sequence[Picture], columns: int = 8) -> Figure:
     rows = -(-len(pictures) // columns)
     height, width = pictures[0].image.shape[-2:]
     lines = 1 + max(picture.caption.count("\n") for picture in pictures)
-    row_height = 1.5 * height / width + 0.15 * lines + 0.1
-    figure = Figure(figsize=(1.5 * columns, row_height * rows), layout="constrained", dpi=110)
+    row_height = 1.7 * height / width + 0.15 * lines + 0.1
+    figure = Figure(figsize=(1.7 * columns, row_height * rows), layout="constrained", dpi=110)
     for axes, picture in zip(figure.subplots(rows, columns, squeeze=False).flat, pictures, strict=False):
         axes.imshow(picture.image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
-        axes.set_title(picture.caption, fontsize=8, color=_COLOURS[picture.correct])
+        axes.set_title(_narrow(picture.caption), fontsize=7.5, color=_COLOURS[picture.correct])
     for axes in figure.axes:
         axes.set_axis_off()
     return figure
+
+
+def _narrow(caption: str, width: int = 26) -> str:
+    # Of a long line, such as a path, the beginning and the end say most.
+    half = width // 2
+    return "\n".join(s if len(s) <= width else f"{s[: half - 1]}…{s[-half:]}" for s in caption.split("\n"))
 
 
 def save_figure(figure: Figure, path: Path, trainer: pl.Trainer) -> None:

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import EMAWeightAveraging
+from pytorch_lightning.utilities import rank_zero_info
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
+from slimconv_lit.backbones.weights import load_weights
 from slimconv_lit.ops import OperatorFactory, OperatorLike, describe_operator
 
 if TYPE_CHECKING:
@@ -68,6 +70,8 @@ class BaseTask(pl.LightningModule):
         operator: The operator in the place of the spatial convolutions: a class, a partial, a name or plain values.
             None leaves the backbone as it is.
         backbone_options: More arguments of `create_backbone`: {"exclude": "layer1.*"}, {"weights": "DEFAULT"}.
+        weights: A file to start from, as `load_weights` takes it.
+        weights_exclude: Patterns of tensors that are not taken from it: ["fc.*"] for other classes.
         lr: Learning rate after warm-up.
         momentum: Momentum of SGD.
         weight_decay: Weight decay of SGD, on all parameters.
@@ -90,6 +94,8 @@ class BaseTask(pl.LightningModule):
         backbone: str,
         operator: OperatorArgument | None = None,
         backbone_options: dict[str, Any] | None = None,
+        weights: str | None = None,
+        weights_exclude: Sequence[str] = (),
         lr: float = 0.1,
         momentum: float = 0.9,
         weight_decay: float = 1e-4,
@@ -106,13 +112,24 @@ class BaseTask(pl.LightningModule):
         # Plain values, also when built from Python: a checkpoint must load without unpickling a class.
         self.hparams["operator"] = None if operator is None else describe_operator(operator)
         self.hparams["milestones"] = list(milestones)
+        self.hparams["weights_exclude"] = list(weights_exclude)
         self.model = self.build_model()
         self.loss = self.build_loss()
         self.build_metrics()
+        # A checkpoint of this task holds what the first weights became; reading it must not ask for them again.
+        options = self.hparams["backbone_options"] or {}
+        self.hparams["backbone_options"] = {k: v for k, v in options.items() if k not in ("weights", "pretrained")}
+        self.hparams["weights"] = None
 
     def build_model(self) -> nn.Module:
         """The network, from `self.hparams`."""
         raise NotImplementedError
+
+    def start_from_weights(self, network: nn.Module) -> nn.Module:
+        """Reads the file that `weights` names into `network`, if there is one, and says what became of it."""
+        if self.hparams["weights"]:
+            rank_zero_info(load_weights(network, self.hparams["weights"], exclude=self.hparams["weights_exclude"]))
+        return network
 
     def build_loss(self) -> nn.Module:
         """What is minimised, from `self.hparams`."""

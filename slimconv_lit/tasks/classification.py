@@ -53,9 +53,9 @@ class ClassificationTask(BaseTask):
         """The backbone with the operator in it."""
         h = self.hparams
         operator = resolve_operator(h["operator"]) if h["operator"] else None
-        return create_backbone(
-            h["backbone"], operator, h["num_classes"], h["in_channels"], **(h["backbone_options"] or {})
-        )
+        options = h["backbone_options"] or {}
+        network = create_backbone(h["backbone"], operator, h["num_classes"], h["in_channels"], **options)
+        return self.start_from_weights(network)
 
     def build_loss(self) -> nn.Module:
         """Cross-entropy."""

@@ -65,11 +65,11 @@ def test_another_class_does_not_inherit_arguments():
     assert merge(slim, {"operator": None}) == {"operator": None}
 
 
-def test_a_checkpoint_s_config_needs_no_pretrained_weights(in_tmp):
-    hparams = {"_class_path": "M", "_instantiator": "x", "backbone_options": {"weights": "DEFAULT", "exclude": "a.*"}}
-    torch.save({"hyper_parameters": hparams}, "x.ckpt")
-    config = checkpoint_config(in_tmp / "x.ckpt")
-    assert config == {"model": {"class_path": "M", "init_args": {"backbone_options": {"exclude": "a.*"}}}}
+def test_what_a_checkpoint_carries(in_tmp):
+    torch.save({"hyper_parameters": {"_class_path": "M", "_instantiator": "x", "lr": 1}}, "x.ckpt")
+    assert checkpoint_config(in_tmp / "x.ckpt") == {"model": {"class_path": "M", "init_args": {"lr": 1}}}
+    torch.save({"hyper_parameters": {"lr": 1}, "class_paths": {"model": "M"}}, "y.ckpt")
+    assert checkpoint_config(in_tmp / "y.ckpt") == {"model": {"class_path": "M", "init_args": {"lr": 1}}}
 
 
 def test_last_and_best_are_those_of_the_newest_run_that_has_them(in_tmp):
@@ -93,4 +93,7 @@ def test_last_and_best_are_those_of_the_newest_run_that_has_them(in_tmp):
 def test_a_verb_without_weights_is_refused():
     with pytest.raises(ValueError, match="test needs --ckpt_path"):
         compose("test", ["--config", "quickstart.yaml"])
-    assert compose("test", ["--config", "quickstart.yaml", "--model.backbone_options={weights: DEFAULT}"])
+    with pytest.raises(ValueError, match="test needs --ckpt_path"):
+        compose("test", ["--config", "quickstart.yaml", "--weights_only=true"])
+    for start in ("--model.backbone_options={weights: DEFAULT}", "--model.weights=x.pth"):
+        assert compose("test", ["--config", "quickstart.yaml", start])

@@ -3,6 +3,8 @@
 import csv
 import json
 import shlex
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -231,3 +233,21 @@ def test_tool_verbs(capsys):
     assert "cifar_resnet20,275572,40556800" in capsys.readouterr().out
     assert main(["profile", "cifar_resnet20", "--operator=SlimConv2d", "--operator.k=8/3", "--depth=0"]) == 0
     assert "SlimConv2d" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["fit", "--help"], ["fit", "--config=quickstart.yaml", "--print_config"]], ids=str)
+def test_what_only_prints(words, capsys, in_tmp):
+    assert main(words) == 0
+    assert "max_epochs" in capsys.readouterr().out
+    assert not list(in_tmp.iterdir())
+
+
+def test_distributed_processes_share_one_run_folder(in_tmp):
+    words = [*DIGITS, "--trainer.devices=2", "--trainer.strategy=ddp"]
+    done = subprocess.run(
+        [sys.executable, "-m", "slimconv_lit", "fit", *words], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder,) = (in_tmp / "runs" / "quickstart").iterdir()
+    assert (folder / "checkpoints" / "best.ckpt").is_file()
+    assert len(done.stdout.split("cifar_resnet20 ")) == 2, "one process prints"

@@ -62,6 +62,20 @@ def test_a_checkpoint_made_in_python_reloads_without_unpickling_classes(operator
     assert torch.equal(again(x), task.eval()(x))
 
 
+def test_weights_to_start_from_are_not_asked_for_again(tmp_path):
+    donor = ClassificationTask(**SMALL)
+    torch.save(donor.model.state_dict(), tmp_path / "donor.pth")
+    start = {"weights": str(tmp_path / "donor.pth"), "weights_exclude": ["fc.*"]}
+    task = ClassificationTask(**SMALL | {"num_classes": 7}, **start)
+    assert torch.equal(task.model.conv1.weight, donor.model.conv1.weight)
+    fit = trainer(max_epochs=1, limit_train_batches=1, limit_val_batches=0)
+    fit.fit(task, DataLoader(TensorDataset(torch.randn(4, 1, 8, 8), torch.arange(4)), 4))
+    fit.save_checkpoint(tmp_path / "x.ckpt")
+    (tmp_path / "donor.pth").unlink()
+    again = ClassificationTask.load_from_checkpoint(tmp_path / "x.ckpt", weights_only=True)
+    assert torch.equal(again.model.conv1.weight, task.model.conv1.weight)
+
+
 def test_all_hyperparameters_are_plain_and_complete():
     task = ClassificationTask(**SMALL, milestones=(1, 2), label_smoothing=0.1)
     assert task.hparams["milestones"] == [1, 2]
