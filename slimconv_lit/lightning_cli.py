@@ -182,7 +182,7 @@ class SlimCLI(LightningCLI):
         }
         if self.trainer.is_global_zero:
             (folder.path / "results.json").write_text(json.dumps(self.results, indent=2) + "\n")
-            print(f"\n{format_table([summary(self.results, self.model.monitor)])}\n\nin {folder.path}")
+            print(f"\n{format_table([summary(self.results, self.model.monitor)])}\n")
 
 
 def describe_network(hparams: Mapping[str, Any]) -> str:
@@ -213,4 +213,7 @@ def run(verb: str, argv: Sequence[str]) -> SlimCLI:
         args = compose(verb, argv)
     except (FileNotFoundError, ValueError) as error:
         raise UsageError(str(error)) from error
-    return SlimCLI(verb, args)
+    cli = SlimCLI(verb, args)
+    if cli.run_folder and cli.trainer.is_global_zero:
+        print(f"in {cli.run_folder.path}")
+    return cli

@@ -199,10 +199,10 @@ def test_1x1_convolutions_are_taken_on_request():
 
 
 def test_a_slim_1x1_narrows_its_readers_too():
-    model = Net(Bottleneck())
+    model = Net(Bottleneck(channels=32, width=64), channels=32)
     assert slimify(model, exclude="*.conv2").replaced == []
     assert substitute(model, SlimConv2d, include="*.conv1", pointwise=True).replaced == ["blocks.0.conv1"]
-    assert model.blocks[0].conv2.in_channels == 48
+    assert model.blocks[0].conv2.in_channels == 24
     assert trains(model)
 
 
