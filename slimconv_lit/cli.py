@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(verb: str, argv: list[str]) -> int:
-    from slimconv_lit.errors import UsageError
+    from slimconv_lit.usage import UsageError
 
     try:
         if verb in LIGHTNING_VERBS:

@@ -10,10 +10,10 @@ from matplotlib.figure import Figure
 
 from slimconv_lit.callbacks.run_folder import new_run_folder
 from slimconv_lit.config_files import find_config
-from slimconv_lit.errors import UsageError
 from slimconv_lit.lightning_cli import run, summary
 from slimconv_lit.ops.slim_conv import folds_of
 from slimconv_lit.tables import format_table
+from slimconv_lit.usage import UsageError
 
 _RATIOS = ("params", "macs", "seconds")
 

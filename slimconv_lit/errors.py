@@ -4,7 +4,7 @@ import inspect
 import re
 from collections import defaultdict
 from collections.abc import Collection, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.cli import LightningArgumentParser
@@ -13,25 +13,15 @@ from pytorch_lightning.loggers import Logger
 from slimconv_lit.data import BaseDataModule
 from slimconv_lit.ops.base import Operator, closest
 from slimconv_lit.tasks import BaseTask
+from slimconv_lit.usage import RaisingParser
 
 
-class UsageError(Exception):
-    """A mistake on the command line or in a configuration; the message is all that the user should see."""
-
-
-class Parser(LightningArgumentParser):
-    """A parser that raises its mistakes, so that they can be explained with all that is known of the command line."""
+class Parser(RaisingParser, LightningArgumentParser):
+    """Lightning's parser, which raises its mistakes and takes no key that is cut short."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # A key that is cut short would work until a new option makes it ambiguous, and never in a file.
         super().__init__(*args, allow_abbrev=False, **kwargs)
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raises `UsageError`."""
-        if self.exit_on_error:
-            raise UsageError(message) from ex
-        # The parsers inside the parser try one type after the other and count on their own kind of error.
-        super().error(message, ex)
 
 
 _ROOTS: dict[str, type] = {

@@ -19,10 +19,11 @@ from slimconv_lit.callbacks import ClassReport, PredictionWriter, RunFolder, Vis
 from slimconv_lit.callbacks.run_folder import make_checkpoint, make_loggers, new_run_folder
 from slimconv_lit.config_files import Config, compose
 from slimconv_lit.data import BaseDataModule
-from slimconv_lit.errors import Parser, UsageError, explain
+from slimconv_lit.errors import Parser, explain
 from slimconv_lit.quiet import quieten
 from slimconv_lit.tables import format_table
 from slimconv_lit.tasks import BaseTask
+from slimconv_lit.usage import UsageError
 
 # Arguments of the task that only the datamodule knows, and where they come from.
 _LINKS = {"num_classes": ("data.num_classes", None), "in_channels": ("data.input_size", lambda size: size[0])}

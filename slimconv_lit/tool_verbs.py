@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 
 from slimconv_lit.analysis.paper import paper_rows, paper_table
 from slimconv_lit.analysis.report import models_table, profile_table
-from slimconv_lit.errors import Parser, UsageError, explain
 from slimconv_lit.ops import OperatorFactory
 from slimconv_lit.tables import TableStyle
+from slimconv_lit.usage import RaisingParser, UsageError
 
 
 def profile(
@@ -69,7 +69,8 @@ def run_tool(verb: str, argv: Sequence[str]) -> int:
     """
     verbs: dict[str, Callable[..., str]] = {"models": models, "profile": profile, "paper": paper}
     function = verbs[verb]
-    parser = Parser(prog=f"python -m slimconv_lit {verb}", description=(function.__doc__ or "").partition("\n")[0])
+    what = (function.__doc__ or "").partition("\n")[0]
+    parser = RaisingParser(prog=f"python -m slimconv_lit {verb}", description=what, allow_abbrev=False)
     positional = {"models": "pattern", "profile": "backbone"}.get(verb)
     if positional:
         parser.add_argument(positional, type=str, nargs="?" if verb == "models" else None)
@@ -78,6 +79,9 @@ def run_tool(verb: str, argv: Sequence[str]) -> int:
         given = parser.instantiate(parser.parse_args(list(argv)))
         print(function(**given.as_dict()))
     except (UsageError, ValueError) as error:
+        # It knows Lightning's classes too, and so takes seconds to import.
+        from slimconv_lit.errors import explain
+
         raise UsageError(explain(str(error), list(parser.get_defaults().keys()), argv)) from error
     except DriftError as error:
         print(error)

@@ -18,7 +18,6 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from slimconv_lit.analysis import conventions
 from slimconv_lit.analysis.complexity import params
 from slimconv_lit.backbones import create_backbone
-from slimconv_lit.backbones.stages import WithoutWeights
 from slimconv_lit.ops.base import closest
 from slimconv_lit.tables import TableStyle, format_table
 
@@ -126,8 +125,8 @@ def rebuild(table: str, entry: Mapping[str, Any]) -> PaperRow:
 def _count(network: str) -> tuple[int, list[conventions.Operation]]:
     """Parameters and operations of a network, which more than one row may have; its description is JSON."""
     asked = json.loads(network)
-    with WithoutWeights():
-        model = create_backbone(asked["backbone"], asked["operator"], asked["classes"], **(asked["options"] or {}))
+    options = {**(asked["options"] or {}), "without_weights": True}
+    model = create_backbone(asked["backbone"], asked["operator"], asked["classes"], **options)
     return params(model), conventions.operations(model, asked["input"])
 
 

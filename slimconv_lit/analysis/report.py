@@ -9,7 +9,6 @@ from slimconv_lit.analysis import conventions
 from slimconv_lit.analysis.complexity import InputSize, LayerCost, macs_by_layer, params
 from slimconv_lit.backbones.presets import PRESETS
 from slimconv_lit.backbones.registry import create_backbone, list_backbones, made_for, unknown_backbone
-from slimconv_lit.backbones.stages import WithoutWeights
 from slimconv_lit.ops import OperatorLike, describe_operator
 from slimconv_lit.tables import TableStyle, format_table
 
@@ -31,8 +30,7 @@ def models_rows(pattern: str | None = None) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for name in tqdm(names, desc="counting", unit=" networks", leave=False, delay=1, disable=None):
         size, classes = made_for(name)
-        with WithoutWeights():
-            model = create_backbone(name, num_classes=classes)
+        model = create_backbone(name, num_classes=classes, without_weights=True)
         counts = {"params": params(model), "macs": conventions.macs(conventions.operations(model, size))}
         rows.append({"backbone": name, **counts, "image": f"{size}x{size}", "classes": classes})
     return rows
@@ -123,8 +121,7 @@ def profile_table(
 def _costs(
     backbone: str, operator: OperatorLike | None, input_size: InputSize, options: Mapping[str, Any]
 ) -> list[LayerCost]:
-    with WithoutWeights():
-        model = create_backbone(backbone, operator, **options)
+    model = create_backbone(backbone, operator, **options, without_weights=True)
     return macs_by_layer(model, input_size)
 
 

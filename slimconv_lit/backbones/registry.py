@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache, partial
@@ -23,7 +24,7 @@ from slimconv_lit.backbones.nasnet import CifarNASNet
 from slimconv_lit.backbones.oct_resnet import OctResNet
 from slimconv_lit.backbones.presets import PRESETS
 from slimconv_lit.backbones.resnext import resnext101_32x3d
-from slimconv_lit.backbones.stages import stage_ends, watch
+from slimconv_lit.backbones.stages import WithoutWeights, stage_ends, watch
 from slimconv_lit.ops import OperatorLike
 from slimconv_lit.surgery import substitute
 
@@ -108,6 +109,7 @@ def create_backbone(
     exclude: Patterns = None,
     min_channels: int | None = None,
     pointwise: bool | None = None,
+    without_weights: bool = False,
     **options: Any,
 ) -> nn.Module:
     """A network by name, with an operator in the place of its spatial convolutions.
@@ -126,6 +128,7 @@ def create_backbone(
         exclude: As in `substitute`; None for the network's own rule.
         min_channels: As in `substitute`; None for the network's own rule.
         pointwise: As in `substitute`; None for the network's own rule.
+        without_weights: Build on the meta device, in no time and no memory: enough to count and to look at shapes.
         **options: More arguments of the network's builder, such as weights="DEFAULT" (torchvision) or
             pretrained=True (timm). Pre-trained weights go with the builder's own num_classes.
 
@@ -145,7 +148,8 @@ def create_backbone(
     if name in OWN and OWN[name].no_dilation and output_stride < 32:
         raise ValueError(f"output_stride={output_stride}: {name} has none but its own, 32: {OWN[name].no_dilation}")
     classes = {} if features_only else {"num_classes": num_classes}
-    model = _build(name, in_channels, **classes, **options)
+    with WithoutWeights() if without_weights else nullcontext():
+        model = _build(name, in_channels, **classes, **options)
     ends = stage_ends(watch(model)) if features_only else {}
     dilate(model, output_stride)
     # Of the stages that now share a stride, the last.
