@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
+from urllib.error import URLError
 
 LIGHTNING_VERBS = {
     "fit": "train, then test the best checkpoint",
@@ -70,6 +71,13 @@ def _run(verb: str, argv: list[str]) -> int:
     except SystemExit as done:
         # What `--help` and `--print_config` end with.
         return done.code if isinstance(done.code, int) else int(done.code is not None)
+    except (FileNotFoundError, URLError) as error:
+        # Missing data and failed downloads are the user's to mend; the message says how, a traceback does not.
+        if os.environ.get("JSONARGPARSE_DEBUG"):
+            raise
+        offline = "; the download needs a network (or --data.sample=true, a small sample without one)"
+        print(f"error: {error}{offline if isinstance(error, URLError) else ''}", file=sys.stderr)
+        return 2
     except BrokenPipeError:
         # `... | head` has read enough; without this, Python would complain once more as it flushes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

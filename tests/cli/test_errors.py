@@ -75,3 +75,11 @@ def test_the_traceback_of_a_constructor_is_to_be_had(monkeypatch, in_tmp):
     monkeypatch.setenv("JSONARGPARSE_DEBUG", "true")
     with pytest.raises(ValueError, match="cifar_resnet21"):
         main(["fit", "--config", "quickstart.yaml", "--model.backbone=cifar_resnet21"])
+
+
+def test_missing_files_are_named_without_a_traceback(in_tmp, capsys):
+    assert main(["fit", "--config=cls_cifar100.yaml", "--data.download=false", "--data.root=nowhere"]) == 2
+    said = capsys.readouterr().err
+    assert "nowhere" in said
+    assert "--data.sample=true" in said
+    assert "Traceback" not in said
