@@ -69,7 +69,7 @@ class Visualize(Callback):
     def __init__(self, images: int = 24, every_n_epochs: int = 10) -> None:
         self.images = images
         self.every_n_epochs = every_n_epochs
-        self._batch: Any = None
+        self._batches: list[Any] = []
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draws, if it is time to; the model is in evaluation mode, with averaged weights if there are such."""
@@ -77,17 +77,20 @@ class Visualize(Callback):
         due = last or trainer.state.fn == "validate" or trainer.current_epoch % self.every_n_epochs == 0
         if trainer.sanity_checking or not due or not trainer.is_global_zero or not isinstance(pl_module, BaseTask):
             return
-        self._batch = self._batch or self._fixed_batch(trainer)
-        # Its own forward: the batches of the loop are not kept, and hold other images under other batch sizes.
-        batch = pl_module.transfer_batch_to_device(self._batch, pl_module.device, 0)
-        with torch.no_grad():
-            pictures = pl_module.draw(batch, pl_module(batch[0]))
+        # Their own forward: the batches of the loop are not kept, and hold other images under other batch sizes.
+        self._batches = self._batches or self._fixed_batches(trainer)
+        pictures: list[Picture] = []
+        for cpu_batch in self._batches:
+            batch = pl_module.transfer_batch_to_device(cpu_batch, pl_module.device, 0)
+            with torch.no_grad():
+                pictures += pl_module.draw(batch, pl_module(batch[0]))
         if pictures:
             save_figure(contact_sheet(pictures), pictures_of(trainer) / "validation.png", trainer)
 
-    def _fixed_batch(self, trainer: pl.Trainer) -> Any:
+    def _fixed_batches(self, trainer: pl.Trainer) -> list[Any]:
         loaders: Any = trainer.val_dataloaders
         loader = loaders if isinstance(loaders, DataLoader) else next(iter(loaders))
         size = len(loader.dataset)  # type: ignore[arg-type]
         indices = np.linspace(0, size - 1, min(self.images, size)).round().astype(int)
-        return (loader.collate_fn or default_collate)([loader.dataset[int(i)] for i in indices])
+        # One by one, for not all tasks have images of one size.
+        return [(loader.collate_fn or default_collate)([loader.dataset[int(i)]]) for i in indices]

@@ -1,5 +1,6 @@
 """What every task shares: plain-value hyperparameters, SGD, a schedule per optimizer step, weight averaging."""
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -171,6 +172,10 @@ class BaseTask(pl.LightningModule):
         classes = {part: type(value) for part, value in parts.items() if value is not None}
         checkpoint["class_paths"] = {part: f"{cls.__module__}.{cls.__qualname__}" for part, cls in classes.items()}
 
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What the optimizer is given: groups of parameters, with what differs from `lr` and `weight_decay` in each."""
+        return [{"params": list(self.parameters())}]
+
     def configure_callbacks(self) -> list[pl.Callback]:
         """Adds the moving average while fitting; outside of it there is nothing to average."""
         decay = self.hparams["ema_decay"]
@@ -179,8 +184,9 @@ class BaseTask(pl.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """SGD with the schedule, which is stepped after each optimizer step."""
         h = self.hparams
+        groups = self.parameter_groups()
         optimizer = torch.optim.SGD(
-            self.parameters(), h["lr"], momentum=h["momentum"], weight_decay=h["weight_decay"], nesterov=h["nesterov"]
+            groups, h["lr"], momentum=h["momentum"], weight_decay=h["weight_decay"], nesterov=h["nesterov"]
         )
         return {
             "optimizer": optimizer,
@@ -190,12 +196,13 @@ class BaseTask(pl.LightningModule):
     def _schedule(self, optimizer: torch.optim.Optimizer) -> lr_scheduler.LRScheduler:
         h = self.hparams
         total = self.trainer.estimated_stepping_batches
-        epochs = self.trainer.max_epochs or 0
-        if epochs < 1 or not isinstance(total, int):
-            raise ValueError("the schedule counts in epochs: set trainer.max_epochs")
+        if not isinstance(total, int) or total < 1:
+            raise ValueError("the schedule needs to know where it ends: set trainer.max_epochs or trainer.max_steps")
         if any(later <= sooner for sooner, later in pairwise(h["milestones"])):
             raise ValueError(f"milestones must rise, they are {h['milestones']}")
-        steps_per_epoch = total / epochs
+        # Where only max_steps is set, asking for their total has not made Lightning count the batches.
+        self.trainer.fit_loop.setup_data()
+        steps_per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         warmup = round(h["warmup_epochs"] * steps_per_epoch)
         remaining = max(1, total - warmup)
         schedule: lr_scheduler.LRScheduler
