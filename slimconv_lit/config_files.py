@@ -128,6 +128,8 @@ def find_checkpoint(which: str, root: Path, name: str = "*") -> Path:
 def compose(verb: str, argv: Sequence[str]) -> list[str]:
     """The verb's command line with all files that it names read into one `--config`.
 
+    `predict --data FOLDER` is short for `--data.predict_dir=FOLDER`.
+
     From weak to strong: what the checkpoint carries, the config files in their order, the command line.
 
     Raises:
@@ -138,9 +140,12 @@ def compose(verb: str, argv: Sequence[str]) -> list[str]:
         return list(argv)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("-c", "--config", action="append", default=[])
-    for option in ("--ckpt_path", "--name", "--run_root"):
+    for option in ("--ckpt_path", "--name", "--run_root", "--data"):
         parser.add_argument(option)
     known, rest = parser.parse_known_args(argv)
+    if known.data is not None:
+        images = verb == "predict" and _is_folder(known.data)
+        rest.insert(0, f"--data{'.predict_dir' if images else ''}={known.data}")
 
     paths = [find_config(name) for name in known.config]
     config: Config = {}
@@ -162,6 +167,12 @@ def compose(verb: str, argv: Sequence[str]) -> list[str]:
     elif verb != "fit" and not _starts_from_weights(config, rest):
         raise ValueError(f"{verb} needs --ckpt_path: a file, or `last` or `best` for that of the newest run")
     return ["--config", json.dumps(config), *rest, f"--name={name or verb}", f"--run_root={root}"]
+
+
+def _is_folder(value: str) -> bool:
+    # Not there, but written as a path: the datamodule's message about it is clearer than one about a class.
+    is_path = "/" in value and not value.startswith("{") and not value.endswith((".yaml", ".yml"))
+    return Path(value).is_dir() or is_path
 
 
 def _starts_from_weights(config: Config, words: Sequence[str]) -> bool:

@@ -97,3 +97,14 @@ def test_a_verb_without_weights_is_refused():
         compose("test", ["--config", "quickstart.yaml", "--weights_only=true"])
     for start in ("--model.backbone_options={weights: DEFAULT}", "--model.weights=x.pth"):
         assert compose("test", ["--config", "quickstart.yaml", start])
+
+
+def test_a_folder_as_data_is_what_predict_reads(in_tmp):
+    (in_tmp / "photos").mkdir()
+    model = "--model.weights=w.pt"
+    for folder in ("photos", "no/such/folder"):
+        words = compose("predict", ["--data", folder, model])
+        assert f"--data.predict_dir={folder}" in words
+    for value in ("DigitsDataModule", "data/cifar100.yaml", '{"class_path": "a/b"}'):
+        assert f"--data={value}" in compose("predict", [f"--data={value}", model])
+    assert "--data=photos" in compose("fit", ["--data", "photos"])

@@ -137,7 +137,7 @@ def test_predictions_of_a_folder(trained, in_tmp):
     for number in range(3):
         Image.new("L", (20, 30), number * 90).save(in_tmp / "photos" / f"{number}.png")
     checkpoint = trained / "checkpoints" / "best.ckpt"
-    cli = run("predict", [f"--ckpt_path={checkpoint}", "--data.predict_dir=photos", "--data.eval_batch_size=2"])
+    cli = run("predict", [f"--ckpt_path={checkpoint}", "--data", "photos", "--data.eval_batch_size=2"])
     with (cli.run_folder.path / "predictions.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["name"] for row in rows] == ["0.png", "1.png", "2.png"]
