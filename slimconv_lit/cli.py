@@ -13,6 +13,7 @@ LIGHTNING_VERBS = {
 }
 TOOL_VERBS = {
     "compare": "train a config plain and slim, and put both in one table",
+    "sweep": "run a W&B sweep file here, without W&B",
     "models": "list the networks that a config can name",
     "profile": "count parameters and multiply-accumulates of a network, layer by layer",
     "paper": "rebuild the networks of the SlimConv paper's tables and compare the counts",
@@ -58,9 +59,13 @@ def _run(verb: str, argv: list[str]) -> int:
 
             run(verb, argv)
         elif verb == "compare":
-            from slimconv_lit.compare import compare
+            from slimconv_lit.experiments.compare import compare
 
             compare(argv)
+        elif verb == "sweep":
+            from slimconv_lit.experiments.sweep import sweep
+
+            return sweep(argv)
         else:
             from slimconv_lit.tool_verbs import run_tool
 

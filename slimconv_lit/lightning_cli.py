@@ -15,6 +15,7 @@ from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCL
 from pytorch_lightning.loggers import WandbLogger
 
 from slimconv_lit.analysis.complexity import macs, params
+from slimconv_lit.backbones.stages import WithoutWeights
 from slimconv_lit.callbacks import ClassReport, PredictionWriter, RunFolder, Visualize
 from slimconv_lit.callbacks.run_folder import make_checkpoint, make_loggers, new_run_folder
 from slimconv_lit.config_files import Config, compose
@@ -57,7 +58,7 @@ class SlimCLI(LightningCLI):
             )
         finally:
             # A W&B run that is left open would take in the next one of this process.
-            for logger in self.trainer.loggers if hasattr(self, "trainer") else ():
+            for logger in self.trainer.loggers if getattr(self, "trainer", None) else ():
                 if isinstance(logger, WandbLogger):
                     logger.experiment.finish()
 
@@ -184,6 +185,41 @@ class SlimCLI(LightningCLI):
         if self.trainer.is_global_zero:
             (folder.path / "results.json").write_text(json.dumps(self.results, indent=2) + "\n")
             print(f"\n{format_table([summary(self.results, self.model.monitor)])}\n")
+
+
+class _Preview(SlimCLI):
+    """A fit's model and data, built and not run."""
+
+    def before_instantiate_classes(self) -> None:
+        """Forgets where weights would come from: they cost a download, and change no count."""
+        arguments = self.config["fit"]["model"]["init_args"]
+        arguments["weights"] = None
+        options = arguments["backbone_options"] or {}
+        arguments["backbone_options"] = {k: v for k, v in options.items() if k not in ("weights", "pretrained")}
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """None: nothing is trained."""
+        return None
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def preview(argv: Sequence[str]) -> dict[str, Any]:
+    """What the network of a `fit` command line is and costs, without weights: network, params and macs.
+
+    Raises:
+        UsageError: If the command line is wrong or the network cannot be built.
+    """
+    try:
+        args = compose("fit", [*argv, "--seed_everything=false"])
+    except (FileNotFoundError, ValueError) as error:
+        raise UsageError(str(error)) from error
+    with WithoutWeights():
+        cli = _Preview("fit", args)
+        network = cli.model.model
+        costs = {"params": params(network), "macs": macs(network, cli.datamodule.input_size)}
+    return {"network": describe_network(cli.model.hparams)} | costs
 
 
 def describe_network(hparams: Mapping[str, Any]) -> str:
