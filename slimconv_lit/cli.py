@@ -14,9 +14,10 @@ LIGHTNING_VERBS = {
 TOOL_VERBS = {
     "compare": "train a config plain and slim, and put both in one table",
     "sweep": "run a W&B sweep file here, without W&B",
+    "explain": "draw what a checkpoint's network does with images",
     "models": "list the networks that a config can name",
     "profile": "count parameters and multiply-accumulates of a network, layer by layer",
-    "paper": "rebuild the networks of the SlimConv paper's tables and compare the counts",
+    "paper": "rebuild the networks of the papers' tables and compare the counts",
 }
 
 USAGE = "\n".join(
@@ -66,6 +67,10 @@ def _run(verb: str, argv: list[str]) -> int:
             from slimconv_lit.experiments.sweep import sweep
 
             return sweep(argv)
+        elif verb == "explain":
+            from slimconv_lit.experiments.explain import explain
+
+            print(f"in {explain(argv)}")
         else:
             from slimconv_lit.tool_verbs import run_tool
 

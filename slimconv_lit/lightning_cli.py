@@ -36,13 +36,15 @@ class SlimCLI(LightningCLI):
     Args:
         verb: fit, validate, test or predict; only its parser is built.
         args: The verb's command line; the config is already composed and `--ckpt_path` is a file.
+        purpose: What the run folder is named after; None for the verb.
     """
 
     run_folder: RunFolder | None = None
     results: dict[str, Any]
 
-    def __init__(self, verb: str, args: Sequence[str]) -> None:
+    def __init__(self, verb: str, args: Sequence[str], purpose: str | None = None) -> None:
         self.verb = verb
+        self.purpose = purpose or verb
         self.results = {}
         try:
             super().__init__(
@@ -131,7 +133,7 @@ class SlimCLI(LightningCLI):
         callbacks = trainer["callbacks"] or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
         if not trainer["fast_dev_run"]:
-            path = new_run_folder(Path(own["run_root"]), own["name"] or self.verb, self.verb)
+            path = new_run_folder(Path(own["run_root"]), own["name"] or self.verb, self.purpose)
             self.run_folder = RunFolder(path, self.full_config())
             callbacks = self._own_callbacks(callbacks) + callbacks
             if trainer["logger"] in (None, True):
@@ -220,6 +222,39 @@ def preview(argv: Sequence[str]) -> dict[str, Any]:
         network = cli.model.model
         costs = {"params": params(network), "macs": macs(network, cli.datamodule.input_size)}
     return {"network": describe_network(cli.model.hparams)} | costs
+
+
+class _Opened(SlimCLI):
+    """A checkpoint's model and data, with a run folder, and nothing run."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def open_checkpoint(purpose: str, argv: Sequence[str]) -> SlimCLI:
+    """What a checkpoint holds, for a verb of our own: `.model` with its weights, `.datamodule` and `.run_folder`.
+
+    Args:
+        purpose: Becomes the end of the run folder's name.
+        argv: `--ckpt_path` and what `predict` takes.
+
+    Raises:
+        UsageError: If the command line is wrong or the weights are not the network's.
+    """
+    quieten("predict")
+    try:
+        args = compose("predict", argv)
+    except (FileNotFoundError, ValueError) as error:
+        raise UsageError(str(error)) from error
+    cli = _Opened("predict", args, purpose)
+    path = cli.config["predict"]["ckpt_path"]
+    try:
+        cli.model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["state_dict"])
+    except RuntimeError as error:
+        raise UsageError(f"{path}: {error}") from error
+    # As a running verb would: the task asks the datamodule for class names and for its normalisation.
+    cli.model.trainer, cli.trainer.datamodule = cli.trainer, cli.datamodule  # type: ignore[attr-defined]
+    return cli
 
 
 def describe_network(hparams: Mapping[str, Any]) -> str:
