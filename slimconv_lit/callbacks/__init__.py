@@ -6,6 +6,7 @@
 from slimconv_lit.callbacks.class_report import ClassReport
 from slimconv_lit.callbacks.predictions import PredictionWriter
 from slimconv_lit.callbacks.run_folder import RunFolder
+from slimconv_lit.callbacks.sparsity import Sparsity
 from slimconv_lit.callbacks.visualize import Visualize
 
-__all__ = ["ClassReport", "PredictionWriter", "RunFolder", "Visualize"]
+__all__ = ["ClassReport", "PredictionWriter", "RunFolder", "Sparsity", "Visualize"]
