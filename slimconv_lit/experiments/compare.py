@@ -1,4 +1,4 @@
-"""Trains one config plain and slim, each through the very same `fit`, and puts the outcomes side by side."""
+"""Puts runs side by side: those that are there, or one config trained plain and slim through the very same `fit`."""
 
 import argparse
 import csv
@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from slimconv_lit.callbacks.run_folder import new_run_folder
 from slimconv_lit.config_files import find_config
+from slimconv_lit.experiments.report import report
 from slimconv_lit.lightning_cli import run, summary
 from slimconv_lit.ops.slim_conv import folds_of
 from slimconv_lit.tables import format_table
@@ -19,6 +20,33 @@ _RATIOS = ("params", "macs", "seconds")
 
 
 def compare(argv: Sequence[str]) -> Path:
+    """Runs `compare`: with run folders, a page about them; with `--config`, a plain and slim training first.
+
+    Returns:
+        The page, or the folder with all that came of the training.
+
+    Raises:
+        UsageError: If an option is wrong.
+    """
+    return _compare_runs(argv) if argv and not argv[0].startswith("-") else _train_and_compare(argv)
+
+
+def _compare_runs(argv: Sequence[str]) -> Path:
+    parser = argparse.ArgumentParser(
+        prog="python -m slimconv_lit compare",
+        description="Put runs that are there side by side, in one HTML page.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("runs", nargs="+", help="run folders; the others are compared with the first")
+    parser.add_argument("--output", default="comparison.html", help="the page (default: comparison.html)")
+    parser.add_argument("--rounds", type=int, default=15, help="timed passes of each network; 0 for none (default: 15)")
+    own = parser.parse_args(argv)
+    target = report(own.runs, own.output, own.rounds)
+    print(f"in {target}")
+    return target
+
+
+def _train_and_compare(argv: Sequence[str]) -> Path:
     """Runs `compare --config C [--k 4/3 8/3 ...] [options of fit]`; returns the folder with all that came of it.
 
     The folder holds comparison.csv, curves.png and one run folder per network.
@@ -28,7 +56,8 @@ def compare(argv: Sequence[str]) -> Path:
     """
     parser = argparse.ArgumentParser(
         prog="python -m slimconv_lit compare",
-        description="Train a config once plain and once with SlimConv2d for each k; compare. Other options go to fit.",
+        description="Train a config plain and with SlimConv2d for each k, and compare. Other options go to fit. "
+        "With run folders (`compare runs/A runs/B`) nothing is trained.",
         allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, help="what to train")

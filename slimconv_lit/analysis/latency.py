@@ -1,0 +1,82 @@
+"""Time on the clock: things are measured in turn, so that a change of the machine's mood meets all of them."""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torchvision
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of measurements."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.3g} ({self.low:.3g} to {self.high:.3g})"
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """The median and quartiles of `values`, at least two."""
+    low, median, high = statistics.quantiles(values, n=4)
+    return Spread(median, low, high)
+
+
+def interleaved(
+    runs: Mapping[str, Callable[[], object]], rounds: int = 15, warmup: int = 2, device: str = "cpu"
+) -> dict[str, list[float]]:
+    """Seconds of each of `runs` in every round; a round runs them all, in their order.
+
+    Args:
+        runs: What to time, by name.
+        rounds: How many times each is timed.
+        warmup: Rounds before, which do not count.
+        device: "cuda" waits for the GPU around every run.
+    """
+    wait: Callable[[], None] = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for number in tqdm(range(-warmup, rounds), desc="timing", unit="round", leave=False, delay=2, disable=None):
+        for name, run in runs.items():
+            wait()
+            start = time.perf_counter()
+            run()
+            wait()
+            if number >= 0:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def ratios(times: Mapping[str, Sequence[float]], base: str) -> dict[str, Spread]:
+    """How long each takes, as a multiple of `base`, round by round."""
+    return {
+        name: spread([own / plain for own, plain in zip(values, times[base], strict=True)])
+        for name, values in times.items()
+    }
+
+
+def machine(device: str = "cpu") -> dict[str, object]:
+    """What a measurement has to be read with: the processor, its threads and the versions."""
+    if device.startswith("cuda"):
+        processor = torch.cuda.get_device_name()
+    else:
+        info = Path("/proc/cpuinfo")
+        lines = info.read_text().splitlines() if info.exists() else []
+        named = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        processor = f"{named or platform.processor()}, {cores} cores"
+    return {
+        "machine": processor,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+    }
