@@ -2,15 +2,19 @@
 
 A transform is called as `transform(image, target)` on a PIL image and returns float32 (C, H, W), normalised, and the
 target. Evaluation transforms take an image of any size; on one that has the right size their resizing does nothing.
+A target that is a `tv_tensors.Mask` (H, W), uint8, goes the way of its image and becomes int64.
 """
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torchvision import tv_tensors
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as v2f
 
 Stats = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and standard deviation of each channel, for pixels between 0 and 1."""
@@ -20,8 +24,9 @@ IMAGENET_STATS: Stats = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def finish(stats: Stats) -> list[v2.Transform]:
-    """The end of every recipe: PIL image or tensor to a normalised float32 tensor."""
-    return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(*stats), v2.ToPureTensor()]
+    """The end of every recipe: PIL image or tensor to a normalised float32 tensor, and a mask to int64."""
+    types = {tv_tensors.Image: torch.float32, tv_tensors.Mask: torch.int64, "others": None}
+    return [v2.ToImage(), v2.ToDtype(types, scale=True), v2.Normalize(*stats), v2.ToPureTensor()]
 
 
 def resize_and_crop(size: int, shorter: int, stats: Stats) -> v2.Compose:
@@ -58,6 +63,76 @@ def imagenet_train(size: int, trivial_augment: bool = False) -> v2.Compose:
 def imagenet_eval(size: int) -> v2.Compose:
     """The shorter side to `size / 0.875` pixels, then the centre: 256 for 224, 293 for the paper's "@256"."""
     return resize_and_crop(size, round(size / 0.875), IMAGENET_STATS)
+
+
+class Resize(v2.Transform):
+    """Image and mask to one size, by `scale` of both sides; the image bilinear and antialiased.
+
+    Each pixel of a mask is the pixel below its centre. v2.Resize takes that to the left and above, so that mask and
+    image part by half a pixel.
+
+    Args:
+        scale: The least and the greatest factor, between which one is drawn for each image.
+        shorter: Instead of `scale`, the pixels of the shorter side.
+    """
+
+    def __init__(self, scale: tuple[float, float] = (1.0, 1.0), shorter: int | None = None) -> None:
+        super().__init__()
+        self.scale, self.shorter = scale, shorter
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Finds the factor, or draws it."""
+        if self.shorter is None:
+            return {"factor": float(torch.empty(()).uniform_(*self.scale))}
+        return {"factor": self.shorter / min(v2f.get_size(flat_inputs[0]))}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Resizes an image or a mask."""
+        size = [max(1, round(side * params["factor"])) for side in v2f.get_size(inpt)]
+        if not isinstance(inpt, tv_tensors.Mask):
+            return v2f.resize(inpt, size, antialias=True)
+        nearest = v2.InterpolationMode.NEAREST_EXACT
+        return tv_tensors.Mask(v2f.resize(inpt.as_subclass(Tensor)[None], size, interpolation=nearest)[0])
+
+
+def segmentation_train(size: int, flip: bool = True) -> v2.Compose:
+    """Resized by a random factor of 0.5 to 2, `size` x `size` cropped at random, horizontal flip.
+
+    The recipe of the reference repository (VainF). Where a crop reaches beyond its image, the image has the mean colour
+    and the mask is 255.
+
+    Args:
+        size: Height and width in pixels.
+        flip: Whether half of the images are mirrored.
+    """
+    mean = tuple(round(255 * value) for value in IMAGENET_STATS[0])
+    crop = v2.RandomCrop(size, pad_if_needed=True, fill={tv_tensors.Mask: 255, "others": mean})
+    mirror = v2.RandomHorizontalFlip(0.5 if flip else 0.0)
+    return v2.Compose([v2.ToImage(), Resize((0.5, 2.0)), crop, mirror, *finish(IMAGENET_STATS)])
+
+
+def segmentation_eval() -> v2.Compose:
+    """The image as it is, normalised."""
+    return v2.Compose(finish(IMAGENET_STATS))
+
+
+def segmentation_crop(size: int) -> v2.Compose:
+    """The shorter side to `size` pixels, then the `size` x `size` pixels in the centre."""
+    return v2.Compose([v2.ToImage(), Resize(shorter=size), v2.CenterCrop(size), *finish(IMAGENET_STATS)])
+
+
+def detection_train() -> v2.Compose:
+    """Horizontal flip of image and boxes.
+
+    Resizing and normalising are left to torchvision's detectors, which do both themselves.
+    """
+    return v2.Compose([v2.RandomHorizontalFlip(), *detection_eval().transforms])
+
+
+def detection_eval() -> v2.Compose:
+    """The image as it is, its pixels between 0 and 1."""
+    types = {tv_tensors.Image: torch.float32, "others": None}
+    return v2.Compose([v2.ToImage(), v2.ToDtype(types, scale=True), v2.ToPureTensor()])
 
 
 def digits_eval(size: int, stats: Stats) -> v2.Compose:
