@@ -7,11 +7,13 @@ shortcuts without parameters (option A). `cifar_stem(...)` is an ImageNet networ
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+Shortcut = Literal["A", "B"]
 
 
 class ZeroPadShortcut(nn.Module):
@@ -37,14 +39,19 @@ class ZeroPadShortcut(nn.Module):
 class Block(nn.Module):
     """Two 3x3 convolutions and a shortcut: (B, in_channels, H, W) -> (B, width, H / stride, W / stride)."""
 
-    def __init__(self, in_channels: int, width: int, stride: int) -> None:
+    def __init__(self, in_channels: int, width: int, stride: int, shortcut: Shortcut) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, width, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
-        same = stride == 1 and in_channels == width
-        self.shortcut = nn.Identity() if same else ZeroPadShortcut((width - in_channels) // 2, stride)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride > 1 or in_channels != width:
+            self.shortcut = (
+                ZeroPadShortcut((width - in_channels) // 2, stride)
+                if shortcut == "A"
+                else nn.Sequential(nn.Conv2d(in_channels, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """The block's output; see the class."""
@@ -60,13 +67,17 @@ class CifarResNet(nn.Module):
         depth: Layers with weights, 6n + 2; n blocks a stage.
         num_classes: Width of the classifier.
         in_channels: Channels of the images.
+        shortcut: Where the width changes, "A" has no parameters, as the paper's networks for CIFAR, and "B" a 1x1
+            convolution and a norm, as SCConv's Table 2 counts.
 
     Raises:
-        ValueError: If `depth` is not 6n + 2.
+        ValueError: If `depth` is not 6n + 2, or there is no such shortcut.
     """
 
-    def __init__(self, depth: int, num_classes: int = 100, in_channels: int = 3) -> None:
+    def __init__(self, depth: int, num_classes: int = 100, in_channels: int = 3, shortcut: Shortcut = "A") -> None:
         super().__init__()
+        if shortcut not in get_args(Shortcut):
+            raise ValueError(f"shortcut={shortcut!r} is neither 'A' nor 'B'")
         if depth < 8 or depth % 6 != 2:
             below = max((depth - 2) // 6, 1) * 6 + 2
             raise ValueError(f"depth={depth} is not 6n + 2; nearest: {below} or {below + 6}")
@@ -74,9 +85,9 @@ class CifarResNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(16)
         self.relu = nn.ReLU(inplace=True)
         n = depth // 6
-        self.layer1 = self._stage(n, 16, 16, stride=1)
-        self.layer2 = self._stage(n, 16, 32, stride=2)
-        self.layer3 = self._stage(n, 32, 64, stride=2)
+        self.layer1 = self._stage(n, 16, 16, 1, shortcut)
+        self.layer2 = self._stage(n, 16, 32, 2, shortcut)
+        self.layer3 = self._stage(n, 32, 64, 2, shortcut)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(64, num_classes)
         for module in self.modules():
@@ -84,9 +95,9 @@ class CifarResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight)
 
     @staticmethod
-    def _stage(blocks: int, in_channels: int, width: int, stride: int) -> nn.Sequential:
-        first = Block(in_channels, width, stride)
-        return nn.Sequential(first, *(Block(width, width, 1) for _ in range(blocks - 1)))
+    def _stage(blocks: int, in_channels: int, width: int, stride: int, shortcut: Shortcut) -> nn.Sequential:
+        first = Block(in_channels, width, stride, shortcut)
+        return nn.Sequential(first, *(Block(width, width, 1, shortcut) for _ in range(blocks - 1)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Class logits; see the class."""

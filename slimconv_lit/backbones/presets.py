@@ -1,4 +1,4 @@
-"""Networks of SlimConv's tables that are another one with an operator in it: data, no code."""
+"""Networks of SlimConv's and SCConv's tables that are another one with an operator in it: data, no code."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,4 +61,7 @@ PRESETS: dict[str, Preset] = {
     # Table XI.
     "sc_cifar_resnet50_sf": _slim("cifar_resnet50", arrangement="shuffle"),
     "sc_cifar_resnet50_3b_sf": _slim("cifar_resnet50", arrangement="shuffle_3b"),
+    # SCConv's Tables 2 and 3.
+    "scconv_cifar_resnet50": Preset("cifar_resnet50", _op("SCConv2d")),
+    "scconv_resnet50": Preset("torchvision:resnet50", _op("SCConv2d")),
 }

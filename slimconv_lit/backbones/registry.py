@@ -13,10 +13,14 @@ import torchvision
 from torch import nn
 
 from slimconv_lit.backbones.bl_resnet import BLResNet
+from slimconv_lit.backbones.cifar_densenet import CifarDenseNet, cifar_densenet121
 from slimconv_lit.backbones.cifar_mobilenet_v2 import CifarMobileNetV2
+from slimconv_lit.backbones.cifar_preresnet import CifarPreResNet
 from slimconv_lit.backbones.cifar_resnet import CifarResNet, cifar_stem
 from slimconv_lit.backbones.cifar_se_resnet import CifarSEResNet
 from slimconv_lit.backbones.cifar_shufflenet_v2 import CifarShuffleNetV2
+from slimconv_lit.backbones.cifar_vgg import CifarVGG
+from slimconv_lit.backbones.cifar_wide_resnet import CifarWideResNet
 from slimconv_lit.backbones.dilation import dilate
 from slimconv_lit.backbones.dla import dla46_c
 from slimconv_lit.backbones.features import FeatureMaps, without_head
@@ -26,7 +30,7 @@ from slimconv_lit.backbones.presets import PRESETS
 from slimconv_lit.backbones.resnext import resnext101_32x3d
 from slimconv_lit.backbones.stages import WithoutWeights, stage_ends, watch
 from slimconv_lit.ops import OperatorLike
-from slimconv_lit.surgery import substitute
+from slimconv_lit.surgery import Substitution, substitute
 
 Patterns: TypeAlias = str | Sequence[str] | None
 
@@ -63,6 +67,15 @@ OWN: dict[str, Backbone] = {
         f"cifar_{name}": Backbone(partial(cifar_stem, getattr(torchvision.models, name)), 32, 100)
         for name in CIFAR_STEM
     },
+    # What Network Slimming prunes.
+    "cifar_vgg16": Backbone(partial(CifarVGG, 16), 32, 100),
+    "cifar_vgg19": Backbone(partial(CifarVGG, 19), 32, 100),
+    "cifar_preresnet20": Backbone(partial(CifarPreResNet, 20), 32, 100, {"min_channels": 16}),
+    "cifar_preresnet164": Backbone(partial(CifarPreResNet, 164), 32, 100, {"min_channels": 16}),
+    "cifar_densenet40": Backbone(partial(CifarDenseNet, 40), 32, 100),
+    # SCConv's Table 2.
+    "cifar_densenet121": Backbone(cifar_densenet121, 32, 100),
+    "cifar_wrn28_10": Backbone(partial(CifarWideResNet, 28, 10), 32, 100),
     "cifar_mobilenet_v2": Backbone(CifarMobileNetV2, 32, 100),
     # Table V has SlimConv in the units without stride only.
     "cifar_shufflenet_v2": Backbone(CifarShuffleNetV2, 32, 100, {"exclude": "stage?.0.*"}),
@@ -165,7 +178,8 @@ def create_backbone(
     if features_only:
         model = FeatureMaps(model, [end.output[1] for end in kept.values()], list(kept))
     if report is not None:
-        model.substitution = report  # type: ignore[assignment]
+        # Not the report itself: the network and it would keep each other in memory.
+        model.substitution = Substitution(report.rows)  # type: ignore[assignment]
     return model
 
 

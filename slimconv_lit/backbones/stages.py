@@ -7,16 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from slimconv_lit.surgery.trace import shadow_of
+from slimconv_lit.surgery.trace import NothingDrawn, quiet_pass, shadow_of
 
 # Large enough that no head (global pooling, VGG's 7x7 map) can pass for a stage of stride 32 or less.
 IMAGE = 512
 STRIDES = (2, 4, 8, 16, 32)
 
 
-class WithoutWeights(TorchFunctionMode):
+class WithoutWeights(NothingDrawn):
     """Inside `with WithoutWeights():` a network is built in no time and no memory: its weights are meta tensors.
 
     `torch.device("meta")` does the same to every tensor, also to those from which some networks (RegNet) compute their
@@ -24,8 +23,9 @@ class WithoutWeights(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        return func(*args, **(kwargs | {"device": "meta"} if func is torch.empty else kwargs))
+        if func is torch.empty:
+            kwargs = (kwargs or {}) | {"device": "meta"}
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def watch(model: nn.Module) -> list[Call]:
             module.register_forward_pre_hook(before)
             module.register_forward_hook(lambda m, args, output, name=name: after(name, m, args, output))
     try:
-        with torch.no_grad():
+        with quiet_pass():
             shadow(torch.empty(1, image_channels(model), IMAGE, IMAGE, device="meta"))
     except Exception as error:
         reason = " ".join(str(error).split())[:200]

@@ -1,7 +1,8 @@
 """Reading weights into a network: all that fit, each accounted for, or none at all."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -34,7 +35,8 @@ class LoadReport:
         loaded: Names of the network's tensors that were read.
         converted: Those of them that have another name in the file, with that name.
         missing: Tensors that keep their first values: operators and narrowed layers when the file is a plain network's.
-        left_over: Tensors of the file that have no place any more: what operators replaced, and what was excluded.
+        left_over: Tensors of the file that have no place any more: what operators replaced, what was excluded, and the
+            classifier where a head stands in its place.
     """
 
     loaded: tuple[str, ...]
@@ -47,9 +49,11 @@ class LoadReport:
             more = f" and {len(names) - 4} more" if len(names) > 4 else ""
             return f": {', '.join(names[:4])}{more}" if names else ""
 
+        # Block by block: a name for each tensor would fill the screen.
+        blocks = Counter(".".join(name.split(".")[:-1][:3]) for name in self.loaded)
         return "\n".join(
             [
-                f"loaded {len(self.loaded)} tensors",
+                f"loaded {len(self.loaded)} tensors: {', '.join(f'{name} ({n})' for name, n in blocks.items())}",
                 f"  of these under another name: {len(self.converted)}{some(list(self.converted.values()))}",
                 f"not in the file, as at the start: {len(self.missing)}{some(self.missing)}",
                 f"in the file, not used: {len(self.left_over)}{some(self.left_over)}",
@@ -57,7 +61,9 @@ class LoadReport:
         )
 
 
-def load_weights(model: nn.Module, path: str | Path, *, exclude: str | Sequence[str] = ()) -> LoadReport:
+def load_weights(
+    model: nn.Module, path: str | Path, *, exclude: str | Sequence[str] = (), head: Collection[str] = ()
+) -> LoadReport:
     """Reads a checkpoint into `model`, in place, with `weights_only=True`.
 
     It takes torchvision's and timm's state dicts, Lightning's checkpoints, and the checkpoints that the SlimConv
@@ -68,6 +74,7 @@ def load_weights(model: nn.Module, path: str | Path, *, exclude: str | Sequence[
         model: The network to read into.
         path: A file that `torch.load` reads.
         exclude: Name patterns (`fnmatch`, the network's names) of tensors to leave as they are, such as "fc.*".
+        head: Names of tensors that the file may have though the network does not.
 
     Returns:
         What became of every tensor.
@@ -92,7 +99,8 @@ def load_weights(model: nn.Module, path: str | Path, *, exclude: str | Sequence[
     problems: dict[str, str] = {}
     for old, name in names.items():
         theirs = tuple(found[old].shape)
-        if optional(name) or (name not in wanted and _is_new(model, name) and not _inside_operator(model, name)):
+        replaced = _is_new(model, name) and not _inside_operator(model, name)
+        if optional(name) or (name not in wanted and (replaced or name in head)):
             left_over.append(old)
         elif name not in wanted:
             problems[name] = f"{old} {theirs} is in the file, and the network has no {name}"
@@ -112,6 +120,35 @@ def load_weights(model: nn.Module, path: str | Path, *, exclude: str | Sequence[
     model.load_state_dict(take, strict=False)
     converted = {name: old for old, name in names.items() if name in take and name != old}
     return LoadReport(tuple(take), converted, tuple(missing), tuple(left_over))
+
+
+def load_backbone_weights(
+    model: nn.Module, path: str | Path, *, classifier: nn.Module, exclude: str | Sequence[str] = ()
+) -> LoadReport:
+    """Reads a classifier's checkpoint into the backbone of `model`, or one of a network like `model` into all of it.
+
+    Which of both it is, the names in the file tell: all of a backbone's begin with "backbone.".
+
+    Args:
+        model: A network with a head, whose `backbone` is a `FeatureMaps`.
+        path: As in `load_weights`.
+        classifier: The network that the backbone is a part of; it may be on the meta device. The tensors of the file
+            that only the classifier has are left out; all others have to fit.
+        exclude: Name patterns of tensors to leave as they are: the backbone's names, or the network's.
+
+    Returns:
+        What became of every tensor.
+
+    Raises:
+        FileNotFoundError: As `load_weights`.
+        ValueError: As `load_weights`.
+    """
+    found, wanted = _read(Path(path)), dict(model.state_dict())
+    names = {_translate(old, found, wanted) for old in found}
+    if any(name.startswith("backbone.") for name in names & wanted.keys()):
+        return load_weights(model, path, exclude=exclude)
+    maps: nn.Module = model.backbone.net  # type: ignore[assignment, union-attr]
+    return load_weights(maps, path, exclude=exclude, head=classifier.state_dict().keys() - maps.state_dict().keys())
 
 
 def _read(path: Path) -> dict[str, Tensor]:

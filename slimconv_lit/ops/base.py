@@ -14,6 +14,7 @@ from fractions import Fraction
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 Size: TypeAlias = int | tuple[int, int]
 """One number for both spatial axes, or one for each (height, width)."""
@@ -93,12 +94,25 @@ def reset_convolutions(module: nn.Module) -> None:
     """Draws all convolutions in `module` as the papers' ResNets do (He, fan out); norms start at one and zero."""
     for layer in module.modules():
         # On the meta device there is nothing to draw, and going through it is slow.
-        if isinstance(layer, nn.Conv2d) and not layer.weight.is_meta:
-            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
-        elif isinstance(layer, nn.BatchNorm2d):
+        if not isinstance(layer, nn.Conv2d | nn.BatchNorm2d) or layer.weight.is_meta:
+            continue
+        if isinstance(layer, nn.BatchNorm2d):
             layer.reset_parameters()
+            continue
+        nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+
+
+def norm_of_pooled(norm: nn.Module, x: Tensor) -> Tensor:
+    """`norm(x)` for a pooled map (B, C, 1, 1), also where one image is trained on.
+
+    There BatchNorm has no variance and raises. It then normalises with its running statistics, which that step leaves
+    unchanged.
+    """
+    if isinstance(norm, nn.BatchNorm2d) and norm.training and x.shape[0] == 1:
+        return functional.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+    return norm(x)
 
 
 def closest(name: str, names: Iterable[str]) -> str:

@@ -22,7 +22,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from slimconv_lit.ops.base import Operator, Size, closest, nearest_divisors, pair, reset_convolutions, same_padding
+from slimconv_lit.ops.base import (
+    Operator,
+    Size,
+    closest,
+    nearest_divisors,
+    norm_of_pooled,
+    pair,
+    reset_convolutions,
+    same_padding,
+)
 
 Arrangement = Literal["flip", "none", "only_flip", "shuffle", "shuffle_3b"]
 
@@ -57,8 +66,7 @@ def _check_groups(argument: str, groups: int, width: int, in_channels: int, fold
 class ChannelGate(nn.Module):
     """The weights of Reconstruct: squeeze (C -> R), norm, ReLU, excite (R -> C), sigmoid on the pooled map.
 
-    In training, a single image makes a 1x1 map on which BatchNorm has no variance and raises. The gate then
-    normalises with its running statistics, which that step leaves unchanged.
+    Trained on one image, it normalises with the running statistics of its norm (see `norm_of_pooled`).
 
     Args:
         channels: C, the channels that are weighed.
@@ -74,12 +82,7 @@ class ChannelGate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, H, W) to weights (B, C, 1, 1) between 0 and 1."""
-        z = self.squeeze(functional.adaptive_avg_pool2d(x, 1))
-        if self.training and z.shape[0] == 1:
-            norm = self.norm
-            z = functional.batch_norm(z, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
-        else:
-            z = self.norm(z)
+        z = norm_of_pooled(self.norm, self.squeeze(functional.adaptive_avg_pool2d(x, 1)))
         return torch.sigmoid(self.excite(self.relu(z)))
 
 

@@ -21,9 +21,11 @@ TIMM = [f"timm:{name}" for name in ("dla46_c", "vgg11_bn", "densenet121", "resne
 # They do nothing that their smaller siblings do not, and NASNet has ten convolutions in each of its cells.
 SLOW = (
     "cifar_resnet32", "cifar_resnet44", "cifar_resnet110", "cifar_resnet34", "cifar_resnet101", "cifar_resnet152",
-    "cifar_resnext101_32x8d", "cifar_se_resnet101", "oct_resnet50", "cifar_nasnet",
+    "cifar_resnext101_32x8d", "cifar_se_resnet101", "oct_resnet50", "cifar_nasnet", "cifar_vgg19", "cifar_preresnet164",
 )  # fmt: skip
 QUICK_OWN = [name for name in OWN if name not in SLOW]
+# A dense layer reads more than k times what it writes, and what it writes is concatenated: nothing for SlimConv.
+DENSE = ("cifar_densenet40", "cifar_densenet121")
 
 
 def weightless(name: str, *args: object, **options: object) -> nn.Module:

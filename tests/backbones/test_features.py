@@ -92,3 +92,27 @@ def test_can_be_copied(duplicate):
 def test_a_transformer_is_refused_with_the_reason():
     with pytest.raises(ValueError, match="the network does not run on a 512x512 image"):
         create_backbone("timm:vit_tiny_patch16_224", features_only=True)
+
+
+@pytest.mark.parametrize("name", ["torchvision:resnet18", "torchvision:densenet121", "timm:efficientnet_b0"])
+def test_cut_in_two_it_computes_the_same(name):
+    maps = create_backbone(name, SlimConv2d, features_only=True).eval()
+    first, second = (part.eval() for part in maps.cut_at(16))
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        whole = maps(x)
+        assert torch.equal(first(x), whole[-2])
+        assert torch.equal(second(first(x)), whole[-1])
+    halves = [dict(part.named_parameters()) for part in (first, second)]
+    assert halves[0].keys() | halves[1].keys() == dict(maps.net.named_parameters()).keys()
+    assert not halves[0].keys() & halves[1].keys()
+    before = {id(p) for p in maps.parameters_before(16)}
+    assert before == {id(p) for p in halves[0].values()}
+
+
+def test_what_cannot_be_cut_is_refused():
+    maps = weightless("oct_resnet50", features_only=True)
+    with pytest.raises(ValueError, match="does not read that alone"):
+        maps.cut_at(16)
+    with pytest.raises(ValueError, match="no map of stride 32 with a stage after it; the maps' strides are 2, 4, 8"):
+        weightless("cifar_resnet18", features_only=True).cut_at(32)

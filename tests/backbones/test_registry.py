@@ -8,7 +8,7 @@ from slimconv_lit.analysis import macs, params
 from slimconv_lit.backbones import create_backbone, list_backbones
 from slimconv_lit.backbones.registry import OWN, made_for, substitution_rule
 from slimconv_lit.ops import SlimConv2d
-from tests.backbones.families import QUICK_OWN, TIMM, TORCHVISION, images, weightless
+from tests.backbones.families import DENSE, QUICK_OWN, TIMM, TORCHVISION, images, weightless
 
 EVERY = [*OWN, *TORCHVISION, *TIMM]
 
@@ -28,7 +28,7 @@ def test_own_networks_take_other_sizes_and_train(name):
     assert all(p.grad is not None for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", QUICK_OWN)
+@pytest.mark.parametrize("name", [name for name in QUICK_OWN if name not in DENSE])
 def test_an_operator_makes_own_networks_smaller(name):
     size, classes = made_for(name)
     plain = weightless(name, num_classes=classes)

@@ -143,3 +143,88 @@ def oct_conv(x, p, low_width, stride=1, dilation=1, groups=1, training=False):
     split = x.shape[1] - low_width
     high, low = octave(x[:, :split], average(x[:, split:], 2), inner, stride, dilation, groups, training)
     return torch.cat([high, upscale(low, *high.shape[2:])], dim=1)
+
+
+def spatial_unit(x, p, name, norm_groups=4, gate="soft"):
+    """SCConv, Eq. 1 to 4; informative is where the share of the scale times the normed map is above zero."""
+    b, c, h, w = x.shape
+    grouped = x.reshape(b, norm_groups, -1)
+    mean = grouped.mean(dim=2, keepdim=True)
+    variance = ((grouped - mean) ** 2).mean(dim=2, keepdim=True)
+    normed = ((grouped - mean) / (variance + 1e-5) ** 0.5).reshape(b, c, h, w)
+    scale, shift = p[f"{name}.norm.weight"], p[f"{name}.norm.bias"]
+    share = scale / sum(scale)
+    z = share[None, :, None, None] * (normed * scale[None, :, None, None] + shift[None, :, None, None])
+    soft, above = 1 / (1 + torch.exp(-z)), z > 0
+    if gate == "soft":
+        more, less = torch.where(above, torch.ones_like(z), soft), torch.where(above, torch.zeros_like(z), soft)
+    else:
+        # The value of the mask and the slope of the sigmoid.
+        slope = soft - soft.detach()
+        more, less = above.to(z.dtype) + slope, (~above).to(z.dtype) - slope
+    first, second = [(more * x).chunk(2, dim=1), (less * x).chunk(2, dim=1)]
+    return torch.cat([first[0] + second[1], second[0] + first[1]], dim=1)
+
+
+def channel_unit(x, p, name, upper, stride=1, dilation=1, inner_groups=2):
+    """SCConv, Eq. 5 to 9, and the 1x1 that its tables count beyond the text, where there is one."""
+
+    def conv(part, z, **more):
+        return convolve(z, p[f"{name}.{part}.weight"], bias=p[f"{name}.{part}.bias"], **more)
+
+    up, low = conv("squeeze_upper", x[:, :upper]), conv("squeeze_lower", x[:, upper:])
+    rich = conv("spatial", up, stride=stride, dilation=dilation, groups=inner_groups)
+    up, low = average(up, stride), average(low, stride)
+    rich = rich + conv("pointwise_upper", up)
+    if f"{name}.extra.weight" in p:
+        rich = rich + torch.cat([conv("extra", up), up], dim=1)
+    if f"{name}.pointwise_lower.weight" in p:
+        low = torch.cat([conv("pointwise_lower", low), low], dim=1)
+    a, b = (torch.exp(m.mean(dim=(2, 3), keepdim=True)) for m in (rich, low))
+    return (a * rich + b * low) / (a + b)
+
+
+def sc_conv(x, p, order="S+C", upper=8, gate="soft", stride=1, dilation=1, training=False):
+    """SCConv: its units in some order, and a norm."""
+
+    def s(z):
+        return spatial_unit(z, p, "sru", gate=gate)
+
+    def c(z):
+        return channel_unit(z, p, "cru", upper, stride, dilation)
+
+    if order == "S":
+        y = convolve(s(x), p["conv.weight"], stride, dilation)
+    else:
+        y = {
+            "C": lambda: c(x), "S+C": lambda: c(s(x)), "C+S": lambda: s(c(x)),
+            "parallel": lambda: average(s(x), stride) + c(x),
+        }[order]()  # fmt: skip
+    return normalise(y, p, "norm", training)
+
+
+def join(x, how="max", group_size=2, layout="adjacent"):
+    """Compact convolution's operation across channels, group by group."""
+    width = x.shape[1] // group_size
+    groups = [
+        [x[:, j * group_size + i] if layout == "adjacent" else x[:, i * width + j] for i in range(group_size)]
+        for j in range(width)
+    ]
+    operations = {
+        "max": lambda g: torch.stack(g).max(dim=0).values,
+        "min": lambda g: torch.stack(g).min(dim=0).values,
+        "mean": lambda g: torch.stack(g).mean(dim=0),
+        "sum": lambda g: torch.stack(g).sum(dim=0),
+        "difference": lambda g: 2 * g[0] - torch.stack(g).sum(dim=0),
+        "product": lambda g: torch.stack(g).prod(dim=0),
+    }
+    return torch.stack([operations[how](group) for group in groups], dim=1)
+
+
+def compact_conv(x, p, how="max", group_size=2, layout="adjacent", stride=1, dilation=1, groups=1, training=False):
+    """Depthwise, norm, join; with an ordinary host also ReLU, pointwise, norm."""
+    y = convolve(x, p["depthwise.0.weight"], stride, dilation, groups=x.shape[1])
+    y = join(normalise(y, p, "depthwise.1", training), how, group_size, layout)
+    if groups > 1:
+        return y
+    return normalise(convolve(y * (y > 0), p["pointwise.1.weight"]), p, "pointwise.2", training)

@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 from torch import nn
 
 from slimconv_lit import substitute
-from slimconv_lit.ops import GhostConv2d, HighLowConv2d, OctConv2d, SEConv2d, SKConv2d, SPConv2d
+from slimconv_lit.ops import (
+    CompactConv2d,
+    GhostConv2d,
+    HighLowConv2d,
+    OctConv2d,
+    SCConv2d,
+    SEConv2d,
+    SKConv2d,
+    SPConv2d,
+)
 from tests.ops import reference
 from tests.ops.test_slim_conv import randomised, relative
 
@@ -20,6 +29,8 @@ OPERATORS = {
     "sk": (SKConv2d, {"reduction": 4, "min_hidden": 2}, reference.select_kernel, {}, (1, 2, 16)),
     "se": (SEConv2d, {"reduction": 4}, reference.se_conv, {}, (1, 2, 16)),
     "oct": (OctConv2d, {"alpha": 0.25}, reference.oct_conv, {"low_width": 4}, (1, 2, 16)),
+    "sc": (SCConv2d, {}, reference.sc_conv, {}, (1,)),
+    "compact": (CompactConv2d, {}, reference.compact_conv, {}, (1, 16)),
 }
 CLASSES = [entry[0] for entry in OPERATORS.values()]
 
@@ -40,13 +51,13 @@ def test_equals_the_equations_forward_and_backward(name, groups):
     for stride, dilation, training in ((1, 1, True), (2, 1, False), (1, 2, False), (2, 2, True)):
         operator = randomised(cls(16, 16, 3, stride, dilation, groups, **own)).train(training)
         arguments = {"stride": stride, "dilation": dilation, "training": training, **extra}
-        if name != "sp":
+        if name not in ("sp", "sc"):
             arguments["groups"] = "depthwise" if name == "oct" and groups == 16 else groups
         x = torch.randn(3, 16, 7, 6, dtype=torch.float64, requires_grad=True)
         state = doubles(operator)
         learned = {n: state[n].clone().requires_grad_() for n, _ in operator.named_parameters()}
         wanted = equations(x, {**state, **learned}, **arguments)
-        assert wanted.shape == (3, 16, *((4, 3) if stride == 2 else (7, 6)))
+        assert wanted.shape == (3, operator.out_channels, *((4, 3) if stride == 2 else (7, 6)))
         weight = torch.randn_like(wanted)
         wanted_grads = torch.autograd.grad((wanted * weight).sum(), [x, *learned.values()])
 
@@ -63,7 +74,7 @@ def test_equals_the_equations_forward_and_backward(name, groups):
 @settings(max_examples=60, deadline=None)
 @given(
     cls=st.sampled_from(CLASSES),
-    widths=st.tuples(st.sampled_from([8, 12, 16]), st.sampled_from([8, 12, 16])),
+    widths=st.tuples(st.sampled_from([8, 16, 24]), st.sampled_from([8, 16, 24])),
     kernel=st.one_of(st.sampled_from([1, 3, 5]), st.tuples(st.sampled_from([1, 3]), st.sampled_from([1, 5]))),
     stride=st.one_of(st.integers(1, 3), st.just((2, 1))),
     dilation=st.integers(1, 3),
@@ -79,7 +90,7 @@ def test_stands_where_its_host_stood(cls, widths, kernel, stride, dilation, size
     assert operator(x).shape == host(x).shape
 
 
-@pytest.mark.parametrize("cls", [GhostConv2d, SKConv2d, SEConv2d])
+@pytest.mark.parametrize("cls", [GhostConv2d, SKConv2d, SEConv2d, CompactConv2d])
 def test_padding_and_even_kernels_are_as_the_host_has_them(cls):
     x = torch.randn(2, 8, 9, 9)
     for kernel, padding in ((3, 0), (2, 0), (4, (1, 2))):
@@ -113,6 +124,29 @@ def test_padding_and_even_kernels_are_as_the_host_has_them(cls):
         (lambda: OctConv2d(16, 16, (3, 4)), ["kernel_size=(3, 4)", "(3, 3) or (3, 5)"]),
         (lambda: OctConv2d(16, 16, dilation=2, padding=1), ["padding=1", "(2, 2)"]),
         (lambda: HighLowConv2d(16, 16, alpha_in=-0.5), ["alpha_in=-0.5", "nearest: 0"]),
+        (lambda: SCConv2d(16, 16, order="S-C"), ["order='S-C'", "'S+C'"]),
+        (lambda: SCConv2d(16, 16, gate="harder"), ["gate='harder'", "'hard'"]),
+        (lambda: SCConv2d(16, 16, variant="table3"), ["variant='table3'", "'tables_1_3'"]),
+        (lambda: SCConv2d(16, 16, threshold=1), ["threshold=1", "between 0 and 1"]),
+        (lambda: SCConv2d(16, 16, groups=4), ["groups=4", "nearest: groups=1"]),
+        (lambda: SCConv2d(16, 16, 4), ["kernel_size=4", "(3, 3) or (5, 5)"]),
+        (lambda: SCConv2d(16, 16, padding=0), ["padding=0", "(1, 1)"]),
+        (lambda: SCConv2d(15, 16, order="S"), ["channels=15", "14 or 16"]),
+        (lambda: SCConv2d(16, 16, norm_groups=3), ["norm_groups=3", "2 or 4"]),
+        (lambda: SCConv2d(16, 32, order="parallel"), ["order='parallel'", "out_channels=32", "'S+C'"]),
+        (lambda: SCConv2d(12, 16), ["in_channels=12 to 3 upper", "alpha=1/3 or alpha=5/12"]),
+        (lambda: SCConv2d(16, 16, alpha=0), ["alpha=0", "alpha=1/4"]),
+        (lambda: SCConv2d(16, 16, alpha=1), ["alpha=1", "0 lower", "alpha=3/4"]),
+        (lambda: SCConv2d(16, 16, reduction=0), ["reduction=0", "at least 1"]),
+        (lambda: SCConv2d(4, 4, reduction=4), ["reduction=4", "nearest: none"]),
+        (lambda: SCConv2d(64, 8), ["16 lower", "out_channels=8", "alpha=3/4 or alpha=49/64"]),
+        (lambda: SCConv2d(16, 15), ["inner_groups=2", "out_channels=15", "nearest: 1"]),
+        (lambda: CompactConv2d(16, 16, groups=4), ["groups=4", "nearest: groups=1 or groups=16"]),
+        (lambda: CompactConv2d(15, 16), ["group_size=2", "in_channels=15", "1 or 3"]),
+        (lambda: CompactConv2d(15, 15, groups=15), ["group_size=2", "out_channels=15", "1 or 3"]),
+        (lambda: CompactConv2d(16, 16, join="maximum"), ["join='maximum'", "'max'"]),
+        (lambda: CompactConv2d(16, 16, layout="half"), ["layout='half'", "'halves'"]),
+        (lambda: CompactConv2d(16, 16, group_size=0), ["group_size=0", "at least 1"]),
     ],
 )
 def test_bad_arguments_are_named_with_a_way_out(build, words):

@@ -20,9 +20,10 @@ def relative(got, wanted):
 def randomised(operator):
     """Norms away from one and zero, so that a test sees them."""
     for module in operator.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, (nn.BatchNorm2d, nn.GroupNorm)):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias)
+        if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 1.5)
     return operator
