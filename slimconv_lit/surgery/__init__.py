@@ -1,5 +1,19 @@
 """Rewriting networks on their channel graph: who writes a channel space, who reads it."""
 
-from slimconv_lit.surgery.substitute import Report, Row, slimify, substitute
+from slimconv_lit.surgery.plan import Plan, apply_plan
+from slimconv_lit.surgery.prune import PrunedRow, PruneReport, prunable_norms, prune
+from slimconv_lit.surgery.substitute import Report, Row, Substitution, slimify, substitute
 
-__all__ = ["Report", "Row", "slimify", "substitute"]
+__all__ = [
+    "Plan",
+    "PruneReport",
+    "PrunedRow",
+    "Report",
+    "Row",
+    "Substitution",
+    "apply_plan",
+    "prunable_norms",
+    "prune",
+    "slimify",
+    "substitute",
+]

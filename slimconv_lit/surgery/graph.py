@@ -22,11 +22,16 @@ class NotPrivateError(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Use:
-    """One place where channels are read: `labels` is what the reader saw along its channel axis, in order."""
+    """One place where channels are read: `labels` is what the reader saw along its channel axis, in order.
 
-    kind: Literal["conv", "linear", "norm", "operator", "opaque", "output"]
+    `where` is the module in whose forward pass it is. "moved" are channels that are split, reordered or padded there,
+    which only pruning asks for (`flow.py`).
+    """
+
+    kind: Literal["conv", "linear", "norm", "operator", "opaque", "output", "moved"]
     by: str
     labels: Labels
+    where: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +41,7 @@ class Tie:
     kind: Literal["sum", "product"]
     mine: Labels
     theirs: Labels
+    where: str = ""
 
 
 @dataclass(eq=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -115,6 +115,41 @@ class Edits:
         if role == "output":
             self._cut(layer, "bias", 0, new)
 
+    def keep(self, name: str, kept: Sequence[int], role: Role) -> None:
+        """Keeps the channels `kept` of layer `name` on one side, with all that was learned for them.
+
+        A norm has one side, "output". What a depthwise convolution loses on its input it loses whole groups by; of
+        another grouped convolution each group must keep equally many. A linear layer's positions are its features.
+        """
+        layer = self.model.get_submodule(name)
+        self._set(layer, {"rewritten": True})
+        index = torch.as_tensor(kept)
+        if isinstance(layer, nn.Linear):
+            self._set(layer, {"in_features" if role == "input" else "out_features": len(kept)})
+            self._take(layer, "weight", 1 if role == "input" else 0, index)
+        elif isinstance(layer, nn.Conv2d) and role == "output":
+            self._set(layer, {"out_channels": len(kept)})
+            self._take(layer, "weight", 0, index)
+        elif isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels:
+            self._set(layer, {"in_channels": len(kept), "groups": len(kept)})
+        elif isinstance(layer, nn.Conv2d):
+            each, groups = layer.in_channels // layer.groups, layer.groups
+            in_group = index.view(groups, -1) - torch.arange(groups)[:, None] * each
+            self._set(layer, {"in_channels": len(kept)})
+            self._take(layer, "weight", 1, in_group)
+        else:
+            sizes: dict[str, Any] = {"num_features": len(kept), "num_channels": len(kept)}
+            self._set(layer, {key: value for key, value in sizes.items() if hasattr(layer, key)})
+            for tensor in ("weight", "bias", "running_mean", "running_var"):
+                self._take(layer, tensor, 0, index)
+            return
+        if role == "output":
+            self._take(layer, "bias", 0, index)
+
+    def set(self, name: str, values: dict[str, Any]) -> None:
+        """Sets attributes of layer `name`."""
+        self._set(self.model.get_submodule(name), values)
+
     def _set(self, layer: nn.Module, values: dict[str, Any]) -> None:
         for key, value in values.items():
             if hasattr(layer, key):
@@ -124,9 +159,23 @@ class Edits:
             setattr(layer, key, value)
 
     def _cut(self, layer: nn.Module, name: str, axis: int, size: int) -> None:
+        self._rebuild(layer, name, lambda tensor: tensor.narrow(axis, 0, size))
+
+    def _take(self, layer: nn.Module, name: str, axis: int, index: Tensor) -> None:
+        """Picks along `axis` by `index`; where it has two axes, the first is the groups of the weight's first axis."""
+
+        def pick(tensor: Tensor) -> Tensor:
+            own = index.to(tensor.device)
+            if own.ndim == 1:
+                return tensor.index_select(axis, own)
+            return torch.cat([t.index_select(axis, i) for t, i in zip(tensor.chunk(len(own)), own, strict=True)])
+
+        self._rebuild(layer, name, pick)
+
+    def _rebuild(self, layer: nn.Module, name: str, change: Callable[[Tensor], Tensor]) -> None:
         tensor = getattr(layer, name, None)
         if not isinstance(tensor, Tensor):
             return
         layout = torch.channels_last if tensor.ndim == 4 and not tensor.is_contiguous() else torch.contiguous_format
-        kept = tensor.detach().narrow(axis, 0, size).clone(memory_format=layout)
+        kept = change(tensor.detach()).clone(memory_format=layout)
         self._set(layer, {name: nn.Parameter(kept, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else kept})

@@ -21,7 +21,7 @@ from slimconv_lit.ops import Operator, OperatorFactory, OperatorLike, SlimConv2d
 from slimconv_lit.ops.base import closest, pair, same_padding
 from slimconv_lit.surgery.graph import ChannelGraph, NotPrivateError, Private
 from slimconv_lit.surgery.resize import Edits, ResizeError, Role, check_resize, host_forward, without_norm
-from slimconv_lit.surgery.trace import Inputs, example_inputs, quiet_pass, shadow_of, skip_norms, trace
+from slimconv_lit.surgery.trace import Inputs, NothingDrawn, example_inputs, quiet_pass, shadow_of, skip_norms, trace
 from slimconv_lit.tables import format_table
 
 Patterns: TypeAlias = str | Sequence[str] | None
@@ -48,15 +48,13 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Report:
-    """What `substitute` did; prints as a table with one row for every spatial convolution.
+class Substitution:
+    """What became of a network's spatial convolutions; prints as a table.
 
     Attributes:
-        model: The network that was rewritten, in place.
         rows: One for each spatial convolution, in the order in which they run.
     """
 
-    model: nn.Module = field(repr=False)
     rows: tuple[Row, ...]
 
     @property
@@ -78,11 +76,24 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Report(Substitution):
+    """What `substitute` did.
+
+    Attributes:
+        model: The network that was rewritten, in place.
+    """
+
+    model: nn.Module = field(repr=False)
+
+
+@dataclass(frozen=True)
 class _Change:
     """One substitution, decided but not done."""
 
     layer: str
     build: Callable[[], Operator]
+    # One such operator on the meta device, which told its width; the trial runs it.
+    trial: Operator
     absorbed: str | None
     follow: Private
 
@@ -167,19 +178,19 @@ def substitute(
     convs = {name: m for name, m in model.named_modules() if _is_spatial(m, pointwise)}
     inside = [name for name, m in model.named_modules() if isinstance(m, Operator)]
     convs = {n: m for n, m in convs.items() if not any(n.startswith(f"{i}.") for i in inside)}
-    for pattern in _patterns(include):
+    for pattern in as_patterns(include):
         if convs and not any(fnmatchcase(name, pattern) for name in convs):
             raise ValueError(f"include={pattern!r} matches no spatial convolution; {closest(pattern, convs)}")
 
     try:
         graph, inputs = _trace(model, example_input)
     except Exception as error:
-        why = f"the network could not be traced: {_one_line(error)}"
-        return Report(model, tuple(Row(name, _describe(conv), "", why) for name, conv in convs.items()))
+        why = f"the network could not be traced: {one_line(error)}"
+        return Report(tuple(Row(name, _describe(conv), "", why) for name, conv in convs.items()), model)
 
     changes: dict[str, _Change] = {}
     reasons: dict[str, str] = {}
-    shared = _shared_layers(model)
+    shared = shared_layers(model)
     order = [name for name in graph.spaces if name in convs] + [name for name in convs if name not in graph.spaces]
     for name in order:
         try:
@@ -211,7 +222,7 @@ def substitute(
             rows.append(Row(name, was[name], now, f"narrowed {', '.join(narrowed)}" if narrowed else ""))
         else:
             rows.append(Row(name, was[name], "", reasons[name]))
-    return Report(model, tuple(rows))
+    return Report(tuple(rows), model)
 
 
 # ---- deciding ----------------------------------------------------------------------------------------------------
@@ -221,7 +232,8 @@ def _is_spatial(module: nn.Module, pointwise: bool) -> bool:
     return isinstance(module, nn.Conv2d) and (pointwise or max(module.kernel_size) > 1)
 
 
-def _patterns(patterns: Patterns) -> Sequence[str]:
+def as_patterns(patterns: Patterns) -> Sequence[str]:
+    """One pattern, several or none, as a sequence."""
     return [patterns] if isinstance(patterns, str) else patterns or []
 
 
@@ -234,7 +246,8 @@ def _describe(conv: nn.Module) -> str:
     return " ".join([f"{type(conv).__name__} {conv.in_channels}->{conv.out_channels}", kernel, *more])
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """An error's type and message, shortened to one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:160]}{'...' if len(text) > 160 else ''}"
 
@@ -252,9 +265,9 @@ def _trace(model: nn.Module, example_input: Any) -> tuple[ChannelGraph, Inputs]:
 
 def _check_wanted(name: str, conv: nn.Module, include: Patterns, exclude: Patterns, min_channels: int) -> None:
     assert isinstance(conv, nn.Conv2d)
-    if _patterns(include) and not any(fnmatchcase(name, p) for p in _patterns(include)):
+    if as_patterns(include) and not any(fnmatchcase(name, p) for p in as_patterns(include)):
         raise _LeaveError("not named by include")
-    for pattern in _patterns(exclude):
+    for pattern in as_patterns(exclude):
         if fnmatchcase(name, pattern):
             raise _LeaveError(f"excluded by {pattern!r}")
     if conv.in_channels < min_channels:
@@ -294,16 +307,17 @@ def _plan(
         )
 
     try:
-        with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            width = build().out_channels
+        with torch.device("meta"), NothingDrawn(), torch.random.fork_rng(devices=[]):
+            trial = build()
     except ValueError as error:
         raise _LeaveError(str(error)) from None
+    width = trial.out_channels
 
     consumers = graph.spaces[name].consumers
     norm = next(iter(consumers)) if len(consumers) == 1 else None
     absorbed = norm if norm and graph.calls[norm] == 1 and without_norm(model.get_submodule(norm)) else None
     if width == conv.out_channels:
-        return _Change(name, build, absorbed, Private())
+        return _Change(name, build, trial, absorbed, Private())
     if width > conv.out_channels:
         raise _LeaveError(f"would write {width} channels where the convolution writes {conv.out_channels}")
     for slimmed, change in changes.items():
@@ -322,7 +336,7 @@ def _plan(
             check_resize(model.get_submodule(layer), width, role)
         except ResizeError as error:
             raise _LeaveError(f"is read by {layer}, which cannot be narrowed: {error}") from None
-    return _Change(name, build, absorbed, follow)
+    return _Change(name, build, trial, absorbed, follow)
 
 
 def _simple(size: tuple[int, ...]) -> int | tuple[int, int]:
@@ -338,7 +352,7 @@ def _own_padding(conv: nn.Conv2d) -> int | tuple[int, int] | None:
     return None if padding == same_padding(pair(conv.kernel_size), pair(conv.dilation)) else padding  # type: ignore[arg-type]
 
 
-def _shared_layers(model: nn.Module) -> set[str]:
+def shared_layers(model: nn.Module) -> set[str]:
     """Names of layers that are registered in more than one place, or that share a parameter with another layer."""
     modules = dict(model.named_modules())
     places = Counter(id(child) for parent in modules.values() for child in parent.children())
@@ -359,9 +373,9 @@ def _try_out(model: nn.Module, graph: ChannelGraph, inputs: Inputs, changes: lis
         return ""
     shadow = shadow_of(model)
     try:
+        _apply(shadow, changes, trial=True)
+        skip_norms(shadow)
         with torch.device("meta"), quiet_pass():
-            _apply(shadow, changes)
-            skip_norms(shadow)
             for mode, expected in graph.outputs.items():
                 shadow.train(mode == "train")
                 args, kwargs = tree_map(lambda v: v.to("meta") if isinstance(v, torch.Tensor) else v, inputs)
@@ -369,19 +383,22 @@ def _try_out(model: nn.Module, graph: ChannelGraph, inputs: Inputs, changes: lis
                 if shapes != expected:
                     return f"its outputs change from {expected} to {shapes}"
     except Exception as error:
-        return _one_line(error)
+        return one_line(error)
     return ""
 
 
-def _apply(model: nn.Module, changes: list[_Change]) -> None:
+def _apply(model: nn.Module, changes: list[_Change], trial: bool = False) -> None:
     channels_last = any(_is_channels_last(p) for p in model.parameters())
     edits = Edits(model)
     try:
         for change in changes:
             host = model.get_submodule(change.layer)
             assert isinstance(host, nn.Conv2d)
-            with torch.device(host.weight.device):
-                built = change.build()
+            if trial:
+                built = change.trial
+            else:
+                with torch.device(host.weight.device), NothingDrawn():
+                    built = change.build()
             built = built.to(dtype=host.weight.dtype).train(host.training)
             edits.replace(change.layer, built.to(memory_format=torch.channels_last) if channels_last else built)
             if change.absorbed:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_iter, tree_map
 from torchvision.ops import FrozenBatchNorm2d
@@ -34,20 +35,17 @@ Inputs: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, FrozenBatchNorm2d)
 LEAVES = (nn.Conv2d, nn.Linear, Operator, *NORMS)
 
-_SAME_SHAPE = {
-    *(aten.batch_norm, aten.relu, aten.relu_, aten.hardtanh, aten.hardtanh_, aten.silu, aten.silu_, aten.sigmoid),
-    *(aten.hardswish, aten.hardswish_, aten.gelu),
-}
-
 # Tried in turn where the caller gives no example: ImageNet first, then CIFAR and other common sizes.
 SIZES = (224, 32, 256, 64, 128, 299, 28, 96, 384, 512)
 
 
 def shadow_of(model: nn.Module) -> nn.Module:
     """A copy of `model` on the meta device; no weight is copied."""
-    memo: dict[int, Any] = {}
+    # A module's tables of hooks are nearly always empty; made here, they need not be taken apart by deepcopy.
+    tables = (value for module in model.modules() for value in vars(module).values() if isinstance(value, dict))
+    memo: dict[int, Any] = {id(table): type(table)() for table in tables if not table}
     for tensor in itertools.chain(model.parameters(), model.buffers()):
-        empty = torch.empty_like(tensor, device="meta")
+        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
     shadow = copy.deepcopy(model, memo)
     for module in shadow.modules():
@@ -57,6 +55,23 @@ def shadow_of(model: nn.Module) -> nn.Module:
     return shadow
 
 
+_DRAWS = {
+    *(nn.init.uniform_, nn.init.normal_, nn.init.constant_, nn.init.kaiming_uniform_),
+    *(Tensor.uniform_, Tensor.normal_, Tensor.fill_, Tensor.zero_),
+}
+
+
+class NothingDrawn(TorchFunctionMode):
+    """Inside `with NothingDrawn():` meta tensors are not initialised: they have no values, and it is slow."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _DRAWS:
+            tensor = args[0] if args else kwargs["tensor"]
+            if tensor.is_meta:
+                return tensor
+        return func(*args, **(kwargs or {}))
+
+
 def skip_norms(shadow: nn.Module) -> None:
     """Lets the batch norms of a copy on the meta device check their width and nothing else.
 
@@ -64,21 +79,22 @@ def skip_norms(shadow: nn.Module) -> None:
     """
     for module in shadow.modules():
         if type(module) is nn.BatchNorm2d:
-            module.forward = functools.partial(_like, module)  # type: ignore[method-assign]
+            module.forward = functools.partial(_like, module.num_features)  # type: ignore[method-assign]
 
 
-def _like(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
-    if x.ndim != 4 or x.shape[1] != norm.num_features:
-        raise ValueError(f"a norm of {norm.num_features} channels reads a map of shape {tuple(x.shape)}")
-    return torch.empty_like(x)
+def _like(channels: int, x: Tensor) -> Tensor:
+    if x.ndim != 4 or x.shape[1] != channels:
+        raise ValueError(f"a norm of {channels} channels reads a map of shape {tuple(x.shape)}")
+    return x.new_empty(x.shape)
 
 
-def example_inputs(model: nn.Module, example: Any = None) -> Iterator[Inputs]:
+def example_inputs(model: nn.Module, example: Any = None, sizes: Sequence[int] = SIZES) -> Iterator[Inputs]:
     """The inputs to trace `model` with: the caller's, or images of common sizes, the likeliest first.
 
     Args:
         model: A network whose first convolution tells the number of image channels.
         example: A tensor, a tuple of positional or a dict of keyword arguments; None to guess.
+        sizes: Heights and widths to guess, behind the size that the network itself says it is made for.
     """
     if example is not None:
         if isinstance(example, dict):
@@ -89,8 +105,8 @@ def example_inputs(model: nn.Module, example: Any = None) -> Iterator[Inputs]:
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     channels, dtype = (3, torch.float32) if first is None else (first.in_channels, first.weight.dtype)
     config = getattr(model, "pretrained_cfg", None) or {}
-    sizes = [tuple(config.get("input_size") or ())[-2:]] if isinstance(config, dict) else []
-    for height, width in dict.fromkeys([*(s for s in sizes if len(s) == 2), *((n, n) for n in SIZES)]):
+    own = [tuple(config.get("input_size") or ())[-2:]] if isinstance(config, dict) else []
+    for height, width in dict.fromkeys([*(s for s in own if len(s) == 2), *((n, n) for n in sizes)]):
         # Two images: a norm on a 1x1 map cannot train on one.
         yield (torch.empty(2, channels, height, width, dtype=dtype, device="meta"),), {}
 
@@ -99,9 +115,23 @@ class _ShapesOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """On meta tensors, hands out a result of the right shape where torch would take milliseconds to work it out."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket in _SAME_SHAPE and args[0].device.type == "meta":
-            return args[0] if func.overloadpacket.__name__.endswith("_") else args[0].new_empty(args[0].shape)
-        return func(*args, **(kwargs or {}))
+        rule = _SHAPES.get(func.overloadpacket)
+        # A keyword may ask for another type, or for a result in a given place.
+        shape = rule(*args) if rule and not kwargs and _same_type(args) else None
+        if shape is None:
+            return func(*args, **(kwargs or {}))
+        in_place = func.overloadpacket.__name__.endswith("_")
+        return args[0] if in_place else args[0].new_empty(shape)
+
+
+def _same_type(args: Sequence[Any]) -> bool:
+    """Whether all tensors in `args`, the first among them, are on the meta device and of one floating type."""
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    return (
+        isinstance(args[0], Tensor)
+        and args[0].is_floating_point()
+        and all(tensor.is_meta and tensor.dtype == args[0].dtype for tensor in tensors)
+    )
 
 
 @contextmanager
@@ -112,12 +142,15 @@ def quiet_pass() -> Iterator[None]:
         yield
 
 
-def trace(model: nn.Module, inputs: Inputs) -> ChannelGraph:
+def trace(
+    model: nn.Module, inputs: Inputs, recorder: Callable[[ChannelGraph, nn.Module], _Recorder] | None = None
+) -> ChannelGraph:
     """The channel graph of `model`, from one pass in eval and one in train mode (auxiliary heads run only in training).
 
     Args:
         model: Any network. It is neither run nor changed: a copy on the meta device is.
         inputs: Positional and keyword arguments of its forward pass.
+        recorder: What watches the passes, if not the ordinary recorder.
 
     Raises:
         Exception: Whatever the forward pass in eval mode raises.
@@ -128,23 +161,26 @@ def trace(model: nn.Module, inputs: Inputs) -> ChannelGraph:
     graph = ChannelGraph()
     for mode in ("eval", "train"):
         shadow.train(mode == "train")
-        recorder = _Recorder(graph, shadow)
+        watching = (recorder or _Recorder)(graph, shadow)
         try:
-            with quiet_pass(), recorder.watching(), recorder:
+            with quiet_pass(), watching.watching(), watching:
                 output = shadow(*meta_inputs[0], **meta_inputs[1])
         except Exception:
             # Some networks cannot train on this input (a norm on a 1x1 map); what runs in eval mode is known already.
             if mode == "eval":
                 raise
             continue
-        recorder.finish(output)
+        watching.finish(output)
         graph.outputs[mode] = [tuple(leaf.shape) for leaf in tree_iter(output) if isinstance(leaf, Tensor)]
-        graph.calls |= recorder.calls
+        graph.calls |= watching.calls
     return graph
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Watches one forward pass and writes what it sees into a graph."""
+
+    leaves: tuple[type[nn.Module], ...] = LEAVES
+    """Layers that are not looked into."""
 
     def __init__(self, graph: ChannelGraph, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -176,7 +212,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def use(self, kind: Any, by: str, labels: Labels) -> None:
         flat = labels.ravel()
         for space in self.graph.spaces_of(flat):
-            space.uses[kind, by] = Use(kind, by, flat)
+            space.uses[kind, by] = Use(kind, by, flat, self.where[-1])
 
     def consume(self, values: Sequence[Any], by: str) -> None:
         for value in values:
@@ -200,7 +236,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def watching(self) -> Iterator[None]:
         with ExitStack() as stack:
             for name, module in self.model.named_modules():
-                leaf = isinstance(module, LEAVES)
+                leaf = isinstance(module, self.leaves)
                 stack.enter_context(
                     _removing(module.register_forward_pre_hook(self.entering(name, leaf), prepend=True))
                 )
@@ -307,7 +343,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if _covers(shape, carried.shape) and _covers(main_shape, other.shape):
                 mine, theirs = (v.ravel() for v in np.broadcast_arrays(carried, other))
                 kind: Literal["sum", "product"] = "product" if name.startswith("mul") else "sum"
-                tie = Tie(kind, mine, theirs)
+                tie = Tie(kind, mine, theirs, self.where[-1])
                 for space in self.graph.spaces_of(np.concatenate([mine, theirs])):
                     space.ties[kind, mine.tobytes(), theirs.tobytes()] = tie
                 carried = np.broadcast_to(carried, np.broadcast_shapes(carried.shape, other.shape))
@@ -429,6 +465,12 @@ def _cat(known: Any, args: Any, kwargs: Any, output: Tensor) -> Labels:
     return np.concatenate([np.broadcast_to(p, [*axes[:dim], p.shape[dim], *axes[dim:][1:]]) for p in parts], axis=dim)
 
 
+def _stack(known: Any, args: Any, kwargs: Any, output: Tensor) -> Labels:
+    dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
+    parts = [known(t) if known(t) is not None else np.full((1,) * t.ndim, -1) for t in args[0]]
+    return np.stack(np.broadcast_arrays(*parts), axis=dim)
+
+
 def _reduce(known: Any, args: Any, kwargs: Any, output: Any) -> Any:
     labels = known(args[0])
     dims = args[1] if len(args) > 1 else kwargs.get("dim")
@@ -452,6 +494,51 @@ def _pad(known: Any, args: Any, kwargs: Any, output: Tensor) -> Labels | None:
                 labels, [(before, after) if d == axis else (0, 0) for d in range(labels.ndim)], constant_values=-1
             )
     return labels
+
+
+# ---- shapes of results, for floating tensors of one type: each rule gets the operation's arguments; None: ask torch ----
+
+
+def _first(x: Tensor, *rest: Any) -> Sequence[int]:
+    return x.shape
+
+
+def _broadcast(*values: Any) -> Sequence[int]:
+    return np.broadcast_shapes(*(value.shape for value in values if isinstance(value, Tensor)))
+
+
+def _broadcast_in_place(x: Tensor, *others: Any) -> Sequence[int] | None:
+    shape = _broadcast(x, *others)
+    return shape if shape == x.shape else None
+
+
+def _pooled(x: Tensor, size: Sequence[int]) -> Sequence[int]:
+    return *x.shape[:-2], *size
+
+
+def _mean(x: Tensor, dims: Sequence[int] = (), keepdim: bool = False) -> Sequence[int]:
+    gone = {d % x.ndim for d in dims or range(x.ndim)}
+    return [1 if i in gone else n for i, n in enumerate(x.shape) if keepdim or i not in gone]
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Sequence[int] | None:
+    return (*x.shape[:-1], weight.shape[0]) if x.shape[-1] == weight.shape[1] else None
+
+
+_SHAPES: dict[Any, Callable[..., Sequence[int] | None]] = {
+    **dict.fromkeys(
+        [
+            *(aten.batch_norm, aten.relu, aten.relu_, aten.hardtanh, aten.hardtanh_, aten.silu, aten.silu_),
+            *(aten.sigmoid, aten.hardswish, aten.hardswish_, aten.gelu),
+        ],
+        _first,
+    ),
+    **dict.fromkeys([aten.add, aten.sub, aten.mul, aten.div, aten.addcmul], _broadcast),
+    **dict.fromkeys([aten.add_, aten.mul_], _broadcast_in_place),
+    aten.adaptive_avg_pool2d: _pooled,
+    aten.mean: _mean,
+    aten.linear: _linear,
+}
 
 
 # What torch does not tag as pointwise, although it is.
@@ -494,5 +581,6 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.split_with_sizes: _split,
     aten.unbind: _unbind,
     aten.cat: _cat,
+    aten.stack: _stack,
     aten.constant_pad_nd: _pad,
 }

@@ -42,13 +42,15 @@ class Block(nn.Module):
         elif self.kind == "split":
             a, b = z.chunk(2, 1)
             z = torch.cat([b, a], 1)
+        elif self.kind == "flipped":
+            z = z + z.flip(1)
         z = self.project(z)
         return z + functional.avg_pool2d(x, 1, self.stride) if self.kind == "residual" else z
 
 
 blocks = st.builds(
     Block,
-    st.sampled_from(["plain", "two", "gated", "dense", "shuffled", "split", "residual"]),
+    st.sampled_from(["plain", "two", "gated", "dense", "shuffled", "split", "flipped", "residual"]),
     st.sampled_from([32, 48, 64]),
     st.sampled_from([3, 5]),
     st.integers(1, 2),
