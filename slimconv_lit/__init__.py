@@ -10,23 +10,37 @@ if TYPE_CHECKING:
     from slimconv_lit.backbones import create_backbone as create_backbone
     from slimconv_lit.backbones import load_weights as load_weights
     from slimconv_lit.data import CIFAR100DataModule as CIFAR100DataModule
+    from slimconv_lit.data import COCO2014DataModule as COCO2014DataModule
     from slimconv_lit.data import DigitsDataModule as DigitsDataModule
     from slimconv_lit.data import ImageNetDataModule as ImageNetDataModule
+    from slimconv_lit.data import VOC2007DataModule as VOC2007DataModule
+    from slimconv_lit.data import VOC2012AugDataModule as VOC2012AugDataModule
     from slimconv_lit.ops import SlimConv2d as SlimConv2d
+    from slimconv_lit.surgery import PruneReport as PruneReport
     from slimconv_lit.surgery import Report as Report
+    from slimconv_lit.surgery import apply_plan as apply_plan
+    from slimconv_lit.surgery import prune as prune
     from slimconv_lit.surgery import slimify as slimify
     from slimconv_lit.surgery import substitute as substitute
     from slimconv_lit.tasks import ClassificationTask as ClassificationTask
+    from slimconv_lit.tasks import SegmentationTask as SegmentationTask
 
 _HOMES = {
     "CIFAR100DataModule": "data",
+    "COCO2014DataModule": "data",
     "ClassificationTask": "tasks",
     "DigitsDataModule": "data",
     "ImageNetDataModule": "data",
+    "PruneReport": "surgery",
     "Report": "surgery",
+    "SegmentationTask": "tasks",
     "SlimConv2d": "ops",
+    "VOC2007DataModule": "data",
+    "VOC2012AugDataModule": "data",
+    "apply_plan": "surgery",
     "create_backbone": "backbones",
     "load_weights": "backbones",
+    "prune": "surgery",
     "slimify": "surgery",
     "substitute": "surgery",
 }

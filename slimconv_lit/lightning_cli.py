@@ -16,7 +16,17 @@ from pytorch_lightning.loggers import WandbLogger
 
 from slimconv_lit.analysis.complexity import macs, params
 from slimconv_lit.backbones.stages import WithoutWeights
-from slimconv_lit.callbacks import ClassReport, PredictionWriter, RunFolder, Visualize
+from slimconv_lit.callbacks import (
+    ClassReport,
+    DetectionReport,
+    DetectionWriter,
+    LastValidation,
+    MaskWriter,
+    PredictionWriter,
+    RunFolder,
+    SegmentationReport,
+    Visualize,
+)
 from slimconv_lit.callbacks.run_folder import make_checkpoint, make_loggers, new_run_folder
 from slimconv_lit.config_files import Config, compose
 from slimconv_lit.data import BaseDataModule
@@ -28,6 +38,9 @@ from slimconv_lit.usage import UsageError
 
 # Arguments of the task that only the datamodule knows, and where they come from.
 _LINKS = {"num_classes": ("data.num_classes", None), "in_channels": ("data.input_size", lambda size: size[0])}
+# Each is for one task, and does nothing in the others.
+_REPORTS = (ClassReport, SegmentationReport, DetectionReport)
+_WRITERS = (PredictionWriter, MaskWriter, DetectionWriter)
 
 
 class SlimCLI(LightningCLI):
@@ -146,22 +159,23 @@ class SlimCLI(LightningCLI):
     def _own_callbacks(self, given: Sequence[Callback]) -> list[Callback]:
         assert self.run_folder
         checkpoint = not any(isinstance(c, ModelCheckpoint) for c in given)
+        reports: list[Callback] = [Visualize(), *(report() for report in _REPORTS)]
         match self.verb:
             case "fit" if checkpoint and self.config_init["fit"]["trainer"]["enable_checkpointing"] is not False:
                 saver = make_checkpoint(self.run_folder.path, self.model.monitor, self.model.monitor_mode)
-                return [self.run_folder, Visualize(), ClassReport(), saver]
+                return [self.run_folder, LastValidation(), *reports, saver]
             case "predict":
-                return [self.run_folder, PredictionWriter()]
+                return [self.run_folder, *(writer() for writer in _WRITERS)]
             case _:
-                return [self.run_folder, Visualize(), ClassReport()]
+                return [self.run_folder, LastValidation(), *reports]
 
     def full_config(self) -> Config:
         """All values in force, the linked ones too, fit to be a config file."""
         parser = self._parser(self.verb)
         text = parser.dump(self.config[self.verb], skip_link_targets=False, skip_none=False, format="json")
         config: Config = json.loads(text)
-        for target in _LINKS:
-            config["model"]["init_args"][target] = self.model.hparams.get(target)
+        for target in self.model.hparams.keys() & _LINKS.keys():
+            config["model"]["init_args"][target] = self.model.hparams[target]
         # The file is a recipe, not a resumption.
         config["ckpt_path"] = None
         return config
@@ -176,12 +190,12 @@ class SlimCLI(LightningCLI):
         if not own["test_after"] or folder is None:
             return
         best = getattr(self.trainer.checkpoint_callback, "best_model_path", "") or None
-        (tested,) = self.trainer.test(self.model, self.datamodule, ckpt_path=best, weights_only=True, verbose=False)
+        tested = self.trainer.test(self.model, self.datamodule, ckpt_path=best, weights_only=True, verbose=False)
         self.results = {
             "network": describe_network(self.model.hparams),
-            **tested,
+            **{key: value for of_loader in tested for key, value in of_loader.items()},
             "params": params(self.model.model),
-            "macs": macs(self.model.model, self.datamodule.input_size),
+            "macs": macs(*self.model.counted(self.datamodule.input_size)),
             "seconds": round(folder.seconds, 1),
         }
         if self.trainer.is_global_zero:
@@ -220,7 +234,7 @@ def preview(argv: Sequence[str]) -> dict[str, Any]:
     with WithoutWeights():
         cli = _Preview("fit", args)
         network = cli.model.model
-        costs = {"params": params(network), "macs": macs(network, cli.datamodule.input_size)}
+        costs = {"params": params(network), "macs": macs(*cli.model.counted(cli.datamodule.input_size))}
     return {"network": describe_network(cli.model.hparams)} | costs
 
 

@@ -1,8 +1,9 @@
 """The command lines of the tool verbs; what they do is elsewhere."""
 
+import gc
 from collections.abc import Callable, Sequence
 
-from slimconv_lit.analysis.paper import paper_rows, paper_table
+from slimconv_lit.analysis.paper import Source, paper_rows, paper_table
 from slimconv_lit.analysis.report import models_table, profile_table
 from slimconv_lit.ops import OperatorFactory
 from slimconv_lit.tables import TableStyle
@@ -40,17 +41,18 @@ def models(pattern: str | None = None, format: TableStyle = "table") -> str:
     return models_table(pattern, format)
 
 
-def paper(table: str | None = None, format: TableStyle = "table") -> str:
-    """Rebuilds the networks of the SlimConv paper's tables and sets printed and computed figures side by side.
+def paper(source: Source = "slimconv", table: str | None = None, format: TableStyle = "table") -> str:
+    """Rebuilds the networks of a paper's tables and sets printed and computed figures side by side.
 
     Args:
+        source: Whose tables: slimconv, scconv, or slimming for Network Slimming.
         table: One table alone: I or 1, ..., fig8.
         format: table, csv, json or md.
 
     Raises:
-        DriftError: If an integer is not the one that paper.yaml records.
+        DriftError: If an integer is not the recorded one.
     """
-    rows = paper_rows(table)
+    rows = paper_rows(table, source)
     text = paper_table(rows, format)
     if not all(row.as_recorded for row in rows):
         raise DriftError(text)
@@ -75,6 +77,8 @@ def run_tool(verb: str, argv: Sequence[str]) -> int:
     if positional:
         parser.add_argument(positional, type=str, nargs="?" if verb == "models" else None)
     parser.add_function_arguments(function, skip={positional} if positional else set())
+    # What the imports made is there to stay; the garbage collector would spend seconds on going over it again.
+    gc.freeze()
     try:
         given = parser.instantiate(parser.parse_args(list(argv)))
         print(function(**given.as_dict()))
@@ -86,4 +90,6 @@ def run_tool(verb: str, argv: Sequence[str]) -> int:
     except DriftError as error:
         print(error)
         return 1
+    finally:
+        gc.unfreeze()
     return 0

@@ -1,4 +1,4 @@
-"""The ways in which the paper counts operations, by name. No table mixes them without saying so.
+"""The ways in which the papers count operations, by name. No table mixes them without saying so.
 
 All of them are sums over the same list, `operations`: what ran in one forward pass, and how large it was. Our own
 convention is `complexity.macs`: convolutions and linear layers, nothing else. All rows with SlimConv in Tables I to
@@ -21,7 +21,7 @@ from slimconv_lit.surgery.trace import quiet_pass, shadow_of
 
 Kind = Literal["conv", "linear", "norm", "relu", "pool", "global_pool", "upsample"]
 Place = Literal["operator", "behind operator", "module", "function"]
-Activations = Literal["all", "modules", "operators", "behind operators"]
+Activations = Literal["all", "modules", "operators", "behind operators", "modules but behind operators"]
 
 _aten = torch.ops.aten
 _KINDS: dict[Any, Kind] = {
@@ -42,6 +42,7 @@ _KINDS: dict[Any, Kind] = {
     _aten.upsample_nearest2d: "upsample",
     _aten.upsample_bilinear2d: "upsample",
 }
+_RELUS = (nn.ReLU, nn.ReLU6)
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class Operation:
 
     Attributes:
         kind: What it is.
-        place: Whether it is a function, or a module, or a module inside an operator or right behind one.
+        place: Whether it is a function, or a module, or inside an operator or right behind one. It tells activations
+            apart, and global pooling inside operators from all other.
         macs: Multiply-accumulates without the bias; 0 for all but convolutions and linear layers.
         biases: Outputs to which a bias is added.
         inputs: Elements of its input.
@@ -106,8 +108,8 @@ def ptflops_2018(
 
     Args:
         ran: From `operations`.
-        relus: The activations that count: "all"; those that are "modules"; of these only those in "operators"; or
-            these and what comes right "behind operators".
+        relus: The activations that count: "all"; those that are "modules"; of these only those in "operators"; these
+            and what comes right "behind operators"; or "modules but behind operators".
         upsampling: Whether upsampling counts.
         global_pools: Whether the inputs of a global pooling count, as they did where it was a window of that size.
         linear_biases: Whether the biases of linear layers count.
@@ -116,6 +118,7 @@ def ptflops_2018(
         "modules": ("operator", "behind operator", "module"),
         "operators": ("operator",),
         "behind operators": ("operator", "behind operator"),
+        "modules but behind operators": ("operator", "module"),
         "all": ("operator", "behind operator", "module", "function"),
     }[relus]
     total = 0
@@ -143,11 +146,16 @@ def ptflops_baseline(ran: Sequence[Operation], relus: Activations = "all", globa
     return ptflops_2018(ran, relus, upsampling=False, global_pools=global_pools, linear_biases=True)
 
 
-def thop_2020(ran: Sequence[Operation]) -> int:
+def thop_2020(ran: Sequence[Operation], host_pooling: bool = True) -> int:
     """The counter behind Tables VIII and IX: pytorch-OpCounter of early 2020; the tables divide it by 2^30.
 
     Convolutions with biases, two for each product of a linear layer and each element of a batch norm, and a global
     pooling's inputs and outputs. Activations and pooling windows count nothing.
+
+    Args:
+        ran: From `operations`.
+        host_pooling: Whether global pooling outside of operators counts. That counter saw modules only, and the
+            detectors average their regions by a function.
     """
     total = 0
     for op in ran:
@@ -158,9 +166,29 @@ def thop_2020(ran: Sequence[Operation]) -> int:
                 total += 2 * op.macs
             case "norm":
                 total += 2 * op.outputs
-            case "global_pool":
+            case "global_pool" if host_pooling or op.place == "operator":
                 total += op.inputs + op.outputs
     return total
+
+
+def thop_mid_2020(ran: Sequence[Operation]) -> int:
+    """The counter behind the tables of SCConv: as `thop_2020`, with one for each product of a linear layer.
+
+    Pooling windows count like global pooling, which for windows side by side is what that counter says. Group norms
+    count nothing.
+    """
+    linear = sum(op.macs for op in ran if op.kind == "linear")
+    return thop_2020(ran) - linear + sum(op.inputs + op.outputs for op in ran if op.kind == "pool")
+
+
+def twice_macs(ran: Sequence[Operation], norms: bool = False) -> int:
+    """Multiplications and additions apart, as Network Slimming has them.
+
+    Args:
+        ran: From `operations`.
+        norms: Whether the two for each element of a batch norm count.
+    """
+    return 2 * macs(ran) + sum(2 * op.outputs for op in ran if norms and op.kind == "norm")
 
 
 class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -169,6 +197,7 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.found: list[Operation] = []
+        # The operators and activations that run.
         self.inside: list[nn.Module] = []
         # What operators wrote; kept, so that no id is used twice.
         self.written: list[Tensor] = []
@@ -176,7 +205,7 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
     @contextmanager
     def following(self, model: nn.Module) -> Iterator[None]:
         handles = []
-        for module in model.modules():
+        for module in (m for m in model.modules() if isinstance(m, (Operator, *_RELUS))):
             handles.append(module.register_forward_pre_hook(lambda m, args: self.inside.append(m)))
             handles.append(module.register_forward_hook(self._leave))
         try:
@@ -213,11 +242,12 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
             each = args[0] if kind == "conv" and args[6] else output
             macs = each.numel() * (weight.numel() // weight.shape[0])
             biases = output.numel() if len(args) > 2 and args[2] is not None else 0
-        self.found.append(Operation(kind, self._place(args[0]), macs, biases, args[0].numel(), output.numel()))
+        self.found.append(Operation(kind, self._place(kind, args[0]), macs, biases, args[0].numel(), output.numel()))
 
-    def _place(self, x: Tensor) -> Place:
-        if not isinstance(self.inside[-1], (nn.ReLU, nn.ReLU6)):
-            return "function"
-        if any(isinstance(module, Operator) for module in self.inside):
+    def _place(self, kind: Kind, x: Tensor) -> Place:
+        is_module = bool(self.inside) and isinstance(self.inside[-1], _RELUS)
+        if (is_module or kind == "global_pool") and any(isinstance(module, Operator) for module in self.inside):
             return "operator"
+        if not is_module:
+            return "function"
         return "behind operator" if any(x is tensor for tensor in self.written) else "module"

@@ -4,9 +4,25 @@
 """
 
 from slimconv_lit.callbacks.class_report import ClassReport
+from slimconv_lit.callbacks.detection_report import DetectionReport
+from slimconv_lit.callbacks.detections import DetectionWriter
+from slimconv_lit.callbacks.last_validation import LastValidation
 from slimconv_lit.callbacks.predictions import PredictionWriter
 from slimconv_lit.callbacks.run_folder import RunFolder
+from slimconv_lit.callbacks.segmentation_masks import MaskWriter
+from slimconv_lit.callbacks.segmentation_report import SegmentationReport
 from slimconv_lit.callbacks.sparsity import Sparsity
 from slimconv_lit.callbacks.visualize import Visualize
 
-__all__ = ["ClassReport", "PredictionWriter", "RunFolder", "Sparsity", "Visualize"]
+__all__ = [
+    "ClassReport",
+    "DetectionReport",
+    "DetectionWriter",
+    "LastValidation",
+    "MaskWriter",
+    "PredictionWriter",
+    "RunFolder",
+    "SegmentationReport",
+    "Sparsity",
+    "Visualize",
+]

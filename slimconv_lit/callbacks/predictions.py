@@ -1,4 +1,4 @@
-"""Writes predictions batch by batch: predictions.csv and a contact sheet."""
+"""Writes the classes of images batch by batch: predictions.csv and a contact sheet."""
 
 import csv
 from collections.abc import Sequence
@@ -11,11 +11,11 @@ from pytorch_lightning.callbacks import BasePredictionWriter
 
 from slimconv_lit.callbacks.run_folder import folder_of, pictures_of
 from slimconv_lit.callbacks.visualize import contact_sheet, save_figure
-from slimconv_lit.tasks import BaseTask, Picture
+from slimconv_lit.tasks import ClassificationTask, Picture
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Appends the rows that `predict_step` returns to predictions.csv; nothing is kept in memory.
+    """Appends the rows that a `ClassificationTask` predicts to predictions.csv; nothing is kept in memory.
 
     Args:
         images: How many images pictures/predictions.png shows.
@@ -41,6 +41,8 @@ class PredictionWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         """Writes one batch."""
+        if not isinstance(pl_module, ClassificationTask):
+            return
         path = self._part(trainer, trainer.global_rank)
         with path.open("a", newline="") as file:
             writer = csv.DictWriter(file, list(prediction[0]))
@@ -48,13 +50,15 @@ class PredictionWriter(BasePredictionWriter):
                 writer.writeheader()
             writer.writerows(prediction)
         missing = self.images - len(self._pictures)
-        if missing > 0 and trainer.is_global_zero and isinstance(pl_module, BaseTask):
+        if missing > 0 and trainer.is_global_zero:
             images, names = batch[0][:missing], batch[1][:missing]
             with torch.no_grad():
                 self._pictures += pl_module.draw((images, names), pl_module(images))
 
     def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Puts the processes' parts together and draws the contact sheet."""
+        if not isinstance(pl_module, ClassificationTask):
+            return
         trainer.strategy.barrier()
         if not trainer.is_global_zero:
             return

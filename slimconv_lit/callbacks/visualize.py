@@ -9,33 +9,53 @@ import pytorch_lightning as pl
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from torch.utils.data import DataLoader, default_collate
 
+from slimconv_lit.callbacks.last_validation import is_last
 from slimconv_lit.callbacks.run_folder import pictures_of
 from slimconv_lit.tasks import BaseTask, Picture
 
 _COLOURS = {True: "#1b7f3b", False: "#c0262d", None: "#222222"}
 
 
-def contact_sheet(pictures: Sequence[Picture], columns: int = 8) -> Figure:
-    """Lays pictures out in rows, each below its caption; right ones green, wrong ones red."""
+def contact_sheet(pictures: Sequence[Picture]) -> Figure:
+    """Lays pictures out in rows, each below its caption; right ones green, wrong ones red. Their legends are below all.
+
+    Eight fit into a row, or four of those that are wider than 256 pixels, so that what is written in them can be read,
+    or three of those that are about twice as wide as high, as several panels side by side are.
+    """
+    shapes = np.array([picture.image.shape[-2:] for picture in pictures])
+    ratios = shapes[:, 0] / shapes[:, 1]
+    if (1 / ratios).mean() > 1.9:
+        columns, cell = 3, 4.6
+    else:
+        columns, cell = (4, 3.4) if shapes[:, 1].max() > 256 else (8, 1.7)
     columns = min(columns, len(pictures))
     rows = -(-len(pictures) // columns)
-    height, width = pictures[0].image.shape[-2:]
+    # A row is as high as its highest picture, but no strip of an image makes it a tower.
+    heights = [cell * float(ratios[i * columns : (i + 1) * columns].max().clip(0.1, 1.6)) for i in range(rows)]
     lines = 1 + max(picture.caption.count("\n") for picture in pictures)
-    row_height = 1.7 * height / width + 0.15 * lines + 0.1
-    figure = Figure(figsize=(1.7 * columns, row_height * rows), layout="constrained", dpi=110)
-    for axes, picture in zip(figure.subplots(rows, columns, squeeze=False).flat, pictures, strict=False):
+    legend = {name: colour for picture in pictures for name, colour in picture.legend.items()}
+    in_a_row = max(1, int(cell * columns / 1.3))
+    below = 0.2 * -(-len(legend) // in_a_row) + 0.1 * bool(legend)
+    size = (cell * columns, sum(heights) + (0.15 * lines + 0.1) * rows + below)
+    figure = Figure(figsize=size, layout="constrained", dpi=110)
+    cells = figure.subplots(rows, columns, squeeze=False, gridspec_kw={"height_ratios": heights})
+    for axes, picture in zip(cells.flat, pictures, strict=False):
         axes.imshow(picture.image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
-        axes.set_title(_narrow(picture.caption), fontsize=7.5, color=_COLOURS[picture.correct])
+        axes.set_title(_narrow(picture.caption, int(15 * cell)), fontsize=7.5, color=_COLOURS[picture.correct])
     for axes in figure.axes:
         axes.set_axis_off()
+    if legend:
+        patches = [Patch(facecolor=colour, edgecolor="#888888", label=name) for name, colour in sorted(legend.items())]
+        figure.legend(handles=patches, loc="outside lower center", ncols=in_a_row, fontsize=8, frameon=False)
     return figure
 
 
-def _narrow(caption: str, width: int = 26) -> str:
+def _narrow(caption: str, width: int) -> str:
     # Of a long line, such as a path, the beginning and the end say most.
     half = width // 2
     return "\n".join(s if len(s) <= width else f"{s[: half - 1]}…{s[-half:]}" for s in caption.split("\n"))
@@ -56,27 +76,30 @@ def save_figure(figure: Figure, path: Path, trainer: pl.Trainer) -> None:
 
 
 class Visualize(Callback):
-    """Draws the same validation images every few epochs and after the last: pictures/validation.png and the loggers.
+    """Draws the same validation images every few epochs and at the end: pictures/validation.png and the loggers.
 
     The images are spread evenly over the validation set, so that one sorted by class shows many. The task draws
     them (`BaseTask.draw`); this callback only lays them out.
 
     Args:
         images: How many images.
-        every_n_epochs: How often.
+        every_n_epochs: How many epochs lie between two drawings, at least: it draws in validations only, and those may
+            be a matter of steps.
     """
 
     def __init__(self, images: int = 24, every_n_epochs: int = 10) -> None:
         self.images = images
         self.every_n_epochs = every_n_epochs
         self._batches: list[Any] = []
+        self._drawn_in = -every_n_epochs
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draws, if it is time to; the model is in evaluation mode, with averaged weights if there are such."""
-        last = trainer.current_epoch + 1 == trainer.max_epochs
-        due = last or trainer.state.fn == "validate" or trainer.current_epoch % self.every_n_epochs == 0
+        epoch = trainer.current_epoch
+        due = is_last(trainer) or trainer.state.fn == "validate" or epoch >= self._drawn_in + self.every_n_epochs
         if trainer.sanity_checking or not due or not trainer.is_global_zero or not isinstance(pl_module, BaseTask):
             return
+        self._drawn_in = epoch
         # Their own forward: the batches of the loop are not kept, and hold other images under other batch sizes.
         self._batches = self._batches or self._fixed_batches(trainer)
         pictures: list[Picture] = []

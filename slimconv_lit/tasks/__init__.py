@@ -2,5 +2,7 @@
 
 from slimconv_lit.tasks.base import BaseTask, Picture
 from slimconv_lit.tasks.classification import ClassificationTask
+from slimconv_lit.tasks.detection import DetectionTask
+from slimconv_lit.tasks.segmentation import SegmentationTask
 
-__all__ = ["BaseTask", "ClassificationTask", "Picture"]
+__all__ = ["BaseTask", "ClassificationTask", "DetectionTask", "Picture", "SegmentationTask"]

@@ -1,8 +1,9 @@
 """What every task shares: plain-value hyperparameters, SGD, a schedule per optimizer step, weight averaging."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import pytorch_lightning as pl
@@ -30,11 +31,13 @@ class Picture(NamedTuple):
         image: (3, H, W), uint8, with whatever the task drew on it.
         caption: What is printed above it.
         correct: Whether the prediction is right; None where that is unknown.
+        legend: What its colours mean: {"dog": "#400080"}.
     """
 
     image: Tensor
     caption: str
     correct: bool | None = None
+    legend: Mapping[str, str] = MappingProxyType({})
 
 
 class MovingAverage(EMAWeightAveraging):
@@ -78,7 +81,7 @@ class BaseTask(pl.LightningModule):
         weight_decay: Weight decay of SGD, on all parameters.
         nesterov: Whether SGD uses Nesterov's momentum.
         schedule: How the learning rate falls, once per optimizer step: "multistep" by `gamma` at each of
-            `milestones`, "cosine" and "poly" (power 0.9) to zero at the end of training, "constant" not at all.
+            `milestones`, "cosine" to zero at the end of training, "poly" (power 0.9) to 1e-6, "constant" not at all.
         milestones: Epochs after which "multistep" lowers the learning rate.
         gamma: Factor of "multistep".
         warmup_epochs: Epochs in which the learning rate rises linearly from a hundredth of `lr`.
@@ -149,6 +152,10 @@ class BaseTask(pl.LightningModule):
         """
         return []
 
+    def counted(self, input_size: tuple[int, int, int]) -> tuple[nn.Module, tuple[int, int, int]]:
+        """What `macs` counts for one image of the datamodule: the network, and the size (C, H, W) that it reads."""
+        return self.model, input_size
+
     def forward(self, images: Tensor) -> Any:
         """Hands `images` (B, C, H, W) to the network."""
         return self.model(images)
@@ -194,7 +201,7 @@ class BaseTask(pl.LightningModule):
         }
 
     def _schedule(self, optimizer: torch.optim.Optimizer) -> lr_scheduler.LRScheduler:
-        h = self.hparams
+        h, groups = self.hparams, optimizer.param_groups
         total = self.trainer.estimated_stepping_batches
         if not isinstance(total, int) or total < 1:
             raise ValueError("the schedule needs to know where it ends: set trainer.max_epochs or trainer.max_steps")
@@ -213,10 +220,19 @@ class BaseTask(pl.LightningModule):
             case "cosine":
                 schedule = lr_scheduler.CosineAnnealingLR(optimizer, remaining)
             case "poly":
-                schedule = lr_scheduler.PolynomialLR(optimizer, remaining, power=0.9)
+                schedule = lr_scheduler.LambdaLR(optimizer, [_poly(group["lr"], remaining) for group in groups])
             case _:
                 schedule = lr_scheduler.ConstantLR(optimizer, factor=1.0)
         if not warmup:
             return schedule
         rise = lr_scheduler.LinearLR(optimizer, start_factor=0.01, total_iters=warmup)
         return lr_scheduler.SequentialLR(optimizer, [rise, schedule], [warmup])
+
+
+def _poly(rate: float, steps: int, power: float = 0.9, least: float = 1e-6) -> Callable[[int], float]:
+    """What `rate` is multiplied by after each step: (1 - step / steps) ** power, as long as the rate is above `least`.
+
+    torch's own PolynomialLR ends at zero; the reference for segmentation (VainF) at `least`.
+    """
+    floor = min(1.0, least / rate) if rate else 0.0
+    return lambda step: max(floor, max(0.0, 1 - step / steps) ** power)

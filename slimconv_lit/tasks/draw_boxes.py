@@ -1,0 +1,101 @@
+"""Boxes with class and score on an image."""
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+# Below this, a label would hide the object that it names.
+_LEAST_SIDE = 320
+_TRUTH = "#ffffff"
+
+
+class Box(NamedTuple):
+    """One box to draw.
+
+    Attributes:
+        corners: x0, y0, x1, y1 in pixels of the image.
+        label: What is written at it; nothing if empty.
+        colour: As PIL reads it: "#1f77b4".
+    """
+
+    corners: Sequence[float]
+    label: str
+    colour: str
+
+
+def class_colour(index: int) -> str:
+    """The colour of a class: twenty that differ well, then again from the first."""
+    return str(to_hex(colormaps["tab20"](index % 20)))
+
+
+def draw_boxes(image: Tensor, found: Sequence[Box], truth: Sequence[Sequence[float]] = ()) -> Tensor:
+    """`image` with the found boxes in thick lines, labelled, over the true ones in thin white lines.
+
+    An image whose shorter side has less than 320 pixels is enlarged by a whole number, so that labels can be read.
+
+    Args:
+        image: (3, H, W) uint8.
+        found: Boxes to label; of two labels in one place, that of the first is on top.
+        truth: Corners of the true boxes.
+
+    Returns:
+        (3, s * H, s * W) uint8, s = 1 for a large image.
+    """
+    factor = -(-_LEAST_SIDE // min(image.shape[-2:])) if min(image.shape[-2:]) < _LEAST_SIDE else 1
+    canvas = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+    canvas = canvas.resize((canvas.width * factor, canvas.height * factor), Image.Resampling.BICUBIC)
+    drawing = ImageDraw.Draw(canvas)
+    # In proportion, for a sheet of pictures shows all of them at about the same size.
+    unit = max(1, round(min(canvas.size) / 220))
+    font = _font(max(11, round(min(canvas.size) / 26)))
+
+    def scaled(corners: Sequence[float]) -> tuple[float, float, float, float]:
+        x0, y0, x1, y1 = (factor * float(value) for value in corners)
+        # PIL counts the last pixel in; a box ends where its last pixel does.
+        return x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)
+
+    for box in reversed(found):
+        drawing.rectangle(scaled(box.corners), outline=box.colour, width=2 * unit)
+    for corners in truth:
+        # A dark line around it: white alone is lost on snow.
+        x0, y0, x1, y1 = scaled(corners)
+        drawing.rectangle((x0 - unit, y0 - unit, x1 + unit, y1 + unit), outline="#000000", width=3 * unit)
+        drawing.rectangle((x0, y0, x1, y1), outline=_TRUTH, width=unit)
+    for box in reversed(found):
+        _write_label(drawing, canvas.size, scaled(box.corners), box, font)
+    return torch.from_numpy(np.asarray(canvas).copy()).permute(2, 0, 1)
+
+
+def _write_label(
+    drawing: ImageDraw.ImageDraw,
+    size: tuple[int, int],
+    corners: tuple[float, float, float, float],
+    box: Box,
+    font: ImageFont.FreeTypeFont,
+) -> None:
+    """Writes the label on top of the box, or inside where there is no room above."""
+    if not box.label:
+        return
+    width = drawing.textlength(box.label, font) + 6
+    height = sum(font.getmetrics()) + 2
+    x = max(0.0, min(corners[0], size[0] - width))
+    y = corners[1] - height if corners[1] >= height else corners[1]
+    drawing.rectangle((x, y, x + width, y + height), fill=box.colour)
+    red, green, blue = (int(box.colour[i : i + 2], 16) for i in (1, 3, 5))
+    dark = 0.299 * red + 0.587 * green + 0.114 * blue < 140
+    drawing.text((x + 3, y + 1), box.label, fill="#ffffff" if dark else "#000000", font=font)
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    # The one that matplotlib carries: every machine has it, with far more letters than PIL's own.
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")), size)
