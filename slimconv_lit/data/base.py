@@ -18,6 +18,8 @@ from sklearn.model_selection import train_test_split
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from slimconv_lit.data.files import read_image
+
 Split: TypeAlias = Literal["train", "val", "test"]
 Key: TypeAlias = int | tuple[int, int]
 """An index, or an index and the random seed that was dealt with it."""
@@ -123,9 +125,9 @@ class FolderImages:
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, str]:
-        with Image.open(self.folder / self.names[index]) as image:
-            # A phone stores upright photos lying, with a note how to turn them.
-            return ImageOps.exif_transpose(image).convert(self.mode), self.names[index]
+        image = read_image(self.folder / self.names[index], mode=None)
+        # A phone stores upright photos lying, with a note how to turn them.
+        return ImageOps.exif_transpose(image).convert(self.mode), self.names[index]
 
 
 def hold_out(targets: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:

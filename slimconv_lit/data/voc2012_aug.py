@@ -297,8 +297,8 @@ class VOC2012AugDataModule(BaseDataModule):
             source, names = self._masks, sorted({*self._list("train"), *names_in(self._masks, ".png")} - val)
         if self._official and len(names) != AUG_COUNT:
             raise DataError(
-                f"VOC2012 Aug trains on {AUG_COUNT:,} images, but with {source} they are {len(names):,}. Remove that to "
-                "start anew from SBD, or train on a list of your own with --data.train_list"
+                f"VOC2012 Aug trains on {AUG_COUNT:,} images, but with {source} they are {len(names):,}. Remove it "
+                "to start anew from SBD, or train on a list of your own with --data.train_list"
             )
         return names
 

@@ -217,7 +217,7 @@ class DetectionTask(BaseTask):
         return [{"name": name, **found} for name, found in zip(names, self(images), strict=True)]
 
     def draw(self, batch: tuple[Images, Sequence[Any]], outputs: Sequence[Mapping[str, Any]]) -> list[Picture]:
-        """The images with the boxes from `draw_score` on, in the colours of their classes; true boxes are white."""
+        """The images with the boxes from `draw_score` on, in the colours of their classes; true ones are dashed."""
         pictures = []
         for image, target, found in zip(*batch, outputs, strict=True):
             shown = found["scores"] >= self.hparams["draw_score"]

@@ -15,7 +15,6 @@ from torch import Tensor
 
 # Below this, a label would hide the object that it names.
 _LEAST_SIDE = 320
-_TRUTH = "#ffffff"
 
 
 class Box(NamedTuple):
@@ -38,7 +37,7 @@ def class_colour(index: int) -> str:
 
 
 def draw_boxes(image: Tensor, found: Sequence[Box], truth: Sequence[Sequence[float]] = ()) -> Tensor:
-    """`image` with the found boxes in thick lines, labelled, over the true ones in thin white lines.
+    """`image` with the found boxes in thick lines and labelled, and the true ones in thin lines, dashed white and black.
 
     An image whose shorter side has less than 320 pixels is enlarged by a whole number, so that labels can be read.
 
@@ -66,13 +65,23 @@ def draw_boxes(image: Tensor, found: Sequence[Box], truth: Sequence[Sequence[flo
     for box in reversed(found):
         drawing.rectangle(scaled(box.corners), outline=box.colour, width=2 * unit)
     for corners in truth:
-        # A dark line around it: white alone is lost on snow.
-        x0, y0, x1, y1 = scaled(corners)
-        drawing.rectangle((x0 - unit, y0 - unit, x1 + unit, y1 + unit), outline="#000000", width=3 * unit)
-        drawing.rectangle((x0, y0, x1, y1), outline=_TRUTH, width=unit)
+        _dashed(drawing, scaled(corners), unit)
     for box in reversed(found):
         _write_label(drawing, canvas.size, scaled(box.corners), box, font)
     return torch.from_numpy(np.asarray(canvas).copy()).permute(2, 0, 1)
+
+
+def _dashed(drawing: ImageDraw.ImageDraw, corners: tuple[float, float, float, float], width: int) -> None:
+    """A rectangle that shows on any ground, and shows a thicker one below it too."""
+    x0, y0, x1, y1 = corners
+    drawing.rectangle(corners, outline="#000000", width=width)
+    dash = 4 * width
+    for x in np.arange(x0, x1, 2 * dash):
+        for y in (y0, y1 - width + 1):
+            drawing.rectangle((x, y, min(x + dash, x1), y + width - 1), fill="#ffffff")
+    for y in np.arange(y0, y1, 2 * dash):
+        for x in (x0, x1 - width + 1):
+            drawing.rectangle((x, y, x + width - 1, min(y + dash, y1)), fill="#ffffff")
 
 
 def _write_label(

@@ -19,6 +19,7 @@ from slimconv_lit.data import (
     VOC2012AugDataModule,
 )
 from slimconv_lit.data.detection import DetectionDataModule
+from slimconv_lit.data.files import DataError
 
 PLAIN = (bool, int, float, str, type(None))
 
@@ -230,6 +231,13 @@ def test_pictures_taken_lying_are_turned_upright(tmp_path):
     data = DigitsDataModule(predict_dir=str(tmp_path))
     image = next(iter(data.predict_dataloader()))[0][0, 0]
     assert image[:8].mean() > 1 > -0.5 > image[8:].mean()
+
+
+def test_a_picture_that_cannot_be_decoded_is_named(make, tmp_path):
+    Image.new("RGB", (40, 60)).save(tmp_path / "half.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "half.png").read_bytes()[:-30])
+    with pytest.raises(DataError, match=r"half\.png cannot be decoded"):
+        next(iter(make(predict_dir=str(tmp_path)).predict_dataloader()))
 
 
 @pytest.mark.parametrize("there", [False, True])

@@ -9,7 +9,7 @@ from slimconv_lit import SlimConv2d, create_backbone
 from slimconv_lit.heads import DeepLabV3Plus, deeplab_v3plus
 from slimconv_lit.heads.deeplab_v3plus import ImagePooling
 
-BACKBONES = ["cifar_resnet20", "cifar_resnet18", "torchvision:resnet18", "torchvision:mobilenet_v2", "timm:dla46_c"]
+BACKBONES = ["cifar_resnet20", "cifar_resnet18", "torchvision:resnet18", "torchvision:mobilenet_v2", "timm:regnety_002"]
 
 
 def rates(model):
@@ -121,18 +121,18 @@ def test_weights_travel_in_the_state_dict(small):
 def test_a_few_steps_fit_one_image():
     torch.manual_seed(0)
     model = deeplab_v3plus("cifar_resnet20", SlimConv2d, num_classes=2, width=16)
-    x = torch.rand(1, 3, 32, 32)
-    truth = (x.mean(1) > 0.5).long()
-    truth[:, :16] = 0
+    x, truth = torch.rand(1, 3, 32, 32), torch.zeros(1, 32, 32, dtype=torch.int64)
+    x[:, :, 8:24, 4:16] += 1
+    truth[:, 8:24, 4:16] = 1
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     losses = []
-    for _ in range(12):
+    for _ in range(10):
         loss = nn.functional.cross_entropy(model(x), truth)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.6 * losses[0]
+    assert losses[-1] < 0.4 * losses[0]
 
 
 def test_exports_with_a_dynamic_size():

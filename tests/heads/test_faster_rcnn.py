@@ -1,4 +1,5 @@
 import copy
+import sys
 
 import pytest
 import torch
@@ -161,7 +162,8 @@ def test_the_default_is_to_freeze_where_weights_come_along(monkeypatch):
     def without_download(*args, **options):
         return build(*args, **{k: v for k, v in options.items() if k != "weights"})
 
-    monkeypatch.setattr("slimconv_lit.heads.faster_rcnn.create_backbone", without_download)
+    # The package has a function of the module's name.
+    monkeypatch.setattr(sys.modules[faster_rcnn.__module__], "create_backbone", without_download)
     given = {"backbone_options": {"weights": "DEFAULT"}}
     plain = faster_rcnn("torchvision:resnet18", None, 3, **given)
     trained = {name for name, p in plain.named_parameters() if p.requires_grad}
@@ -221,15 +223,17 @@ def test_each_region_costs_its_head(c4):
     assert ten - 10 * (eleven - ten) == on_image
 
 
-def test_a_few_steps_fit_one_image():
+@pytest.mark.parametrize(("name", "form"), [("cifar_resnet20", "fpn"), ("torchvision:resnet18", "c4")])
+def test_a_few_steps_fit_one_image(name, form):
     torch.manual_seed(0)
-    model = faster_rcnn("cifar_resnet20", SlimConv2d, 3, norm="group", **SMALL).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    model = faster_rcnn(name, SlimConv2d, 3, form, box_batch_size_per_image=32, **SMALL).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.005, momentum=0.9)
     losses = []
-    for _ in range(10):
+    for _ in range(12):
         loss = sum(model([image()], [TWO_BOXES]).values())
         optimizer.zero_grad()
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.6 * losses[0]
+    assert sum(losses[-3:]) / 3 < 0.75 * losses[0]
