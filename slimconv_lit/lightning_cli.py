@@ -27,7 +27,7 @@ from slimconv_lit.callbacks import (
     SegmentationReport,
     Visualize,
 )
-from slimconv_lit.callbacks.run_folder import make_checkpoint, make_loggers, new_run_folder
+from slimconv_lit.callbacks.run_folder import make_checkpoints, make_loggers, new_run_folder
 from slimconv_lit.config_files import Config, compose
 from slimconv_lit.data import BaseDataModule
 from slimconv_lit.errors import Parser, explain
@@ -162,8 +162,8 @@ class SlimCLI(LightningCLI):
         reports: list[Callback] = [Visualize(), *(report() for report in _REPORTS)]
         match self.verb:
             case "fit" if checkpoint and self.config_init["fit"]["trainer"]["enable_checkpointing"] is not False:
-                saver = make_checkpoint(self.run_folder.path, self.model.monitor, self.model.monitor_mode)
-                return [self.run_folder, LastValidation(), *reports, saver]
+                savers = make_checkpoints(self.run_folder.path, self.model.monitor, self.model.monitor_mode)
+                return [self.run_folder, LastValidation(), *reports, *savers]
             case "predict":
                 return [self.run_folder, *(writer() for writer in _WRITERS)]
             case _:

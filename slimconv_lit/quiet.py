@@ -31,3 +31,4 @@ def quieten(verb: str) -> None:
     if verb != "fit":
         # Only a fit that goes on needs the callbacks that the checkpoint was made with.
         warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint need to be provided.*")
+        warnings.filterwarnings("ignore", message="The dirpath has changed from .*")

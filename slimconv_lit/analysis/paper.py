@@ -126,7 +126,8 @@ def entries(table: str | None = None, source: Source = "slimconv") -> Iterator[t
     """
     text = resources.files("slimconv_lit.analysis").joinpath(SOURCES[source]).read_text(encoding="utf-8")
     tables = {entry["table"]: entry for entry in yaml.safe_load(text)["tables"]}
-    numerals = {"1": "I", "2": "II", "3": "III", "4": "IV", "5": "V", "6": "VI", "7": "VII", "8": "VIII", "9": "IX", "10": "X", "11": "XI"}
+    numbered = enumerate(["I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX", "X", "XI"], 1)
+    numerals = {str(number): numeral for number, numeral in numbered}
     wanted = None
     if table is not None:
         plain = {"".join(c for c in name.lower() if c.isalnum()): name for name in tables}

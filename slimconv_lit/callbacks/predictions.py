@@ -52,7 +52,7 @@ class PredictionWriter(BasePredictionWriter):
         missing = self.images - len(self._pictures)
         if missing > 0 and trainer.is_global_zero:
             images, names = batch[0][:missing], batch[1][:missing]
-            with torch.no_grad():
+            with torch.no_grad(), trainer.precision_plugin.predict_step_context():
                 self._pictures += pl_module.draw((images, names), pl_module(images))
 
     def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import yaml  # type: ignore[import-untyped]
@@ -64,11 +64,11 @@ def make_loggers(names: str, folder: Path) -> list[Logger]:
     return [*loggers, CSVLogger(folder, name="", version="")]
 
 
-def make_checkpoint(folder: Path, monitor: str, mode: str) -> ModelCheckpoint:
-    """Keeps `best.ckpt` by the metric `monitor`, and `last.ckpt`, below `folder`."""
-    return ModelCheckpoint(
-        folder / "checkpoints", "best", monitor=monitor, mode=mode, save_last=True, auto_insert_metric_name=False
-    )
+def make_checkpoints(folder: Path, monitor: str, mode: Literal["min", "max"]) -> list[ModelCheckpoint]:
+    """Keep `best.ckpt` by the metric `monitor`, and `last.ckpt` of the last validation, below `folder`."""
+    # Two, for `save_last=True` beside a monitor writes last.ckpt only when the best one changes.
+    best = ModelCheckpoint(folder / "checkpoints", "best", monitor=monitor, mode=mode, auto_insert_metric_name=False)
+    return [best, ModelCheckpoint(folder / "checkpoints", "last", auto_insert_metric_name=False)]
 
 
 def folder_of(trainer: pl.Trainer) -> Path:

@@ -104,8 +104,9 @@ class Visualize(Callback):
         self._batches = self._batches or self._fixed_batches(trainer)
         pictures: list[Picture] = []
         for cpu_batch in self._batches:
-            batch = pl_module.transfer_batch_to_device(cpu_batch, pl_module.device, 0)
-            with torch.no_grad():
+            precision = trainer.precision_plugin
+            batch = precision.convert_input(pl_module.transfer_batch_to_device(cpu_batch, pl_module.device, 0))
+            with torch.no_grad(), precision.val_step_context():
                 pictures += pl_module.draw(batch, pl_module(batch[0]))
         if pictures:
             save_figure(contact_sheet(pictures), pictures_of(trainer) / "validation.png", trainer)

@@ -45,14 +45,14 @@ class DeepLabV3Plus(nn.Module):
             the last map, the decoder the one of stride 4. A network that ends at stride 4 (ResNet-56 for CIFAR) gives
             the decoder the map before.
         num_classes: Channels of the logits.
-        dilations: Rates of the pyramid's three 3x3 convolutions; None for 6, 12, 18, and twice as many where the last
-            map's stride is 8 (paper, Section 4).
+        dilations: Rates of the pyramid's three 3x3 convolutions; None for 6, 12, 18 where the last map's stride is
+            16 or more, twice as much at 8 (paper, Section 4), and so on.
         width: Channels of the pyramid and of the decoder.
         low_level_width: Channels that the decoder makes of the fine map.
         dropout: Share of the pyramid's outputs that is dropped in training.
 
     Raises:
-        ValueError: If the backbone has no map of stride 4, or none after it; the message gives its strides.
+        ValueError: If the backbone has no map of stride 4, or no other; the message gives its strides.
     """
 
     def __init__(
@@ -69,8 +69,8 @@ class DeepLabV3Plus(nn.Module):
         strides: list[int] = backbone.strides  # type: ignore[assignment]
         if 4 not in strides or len(strides) < 2:
             raise ValueError(
-                f"backbone: DeepLabv3+ reads a map of stride 4 and a later one, or one before it; this one's strides "
-                f"are {', '.join(map(str, strides))}"
+                "backbone: DeepLabv3+ reads a map of stride 4 and another; this one's strides are "
+                f"{', '.join(map(str, strides))}"
             )
         self.low_level_map = min(strides.index(4), len(strides) - 2)
         low = channels[self.low_level_map]

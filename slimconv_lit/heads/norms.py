@@ -37,7 +37,8 @@ def freeze_backbone(maps: FeatureMaps, what: Freeze) -> None:
     import timm.layers
 
     layers: Any = timm.layers
-    layers.freeze_batch_norm_2d(maps)
+    with next(maps.parameters()).device:
+        layers.freeze_batch_norm_2d(maps)
 
 
 def use_group_norms(maps: FeatureMaps) -> None:

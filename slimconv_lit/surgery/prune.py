@@ -230,10 +230,6 @@ def _choose(
     classes: Classes, graph: ChannelGraph, scales: Mapping[str, Any], ratio: float, least: int, most: float
 ) -> tuple[Flags, dict[str, str]]:
     """Which channels go, and for each norm that keeps some of them only because of a limit, which limit."""
-    free = [c for c in np.unique(classes.of).tolist() if c not in classes.reasons]
-    order = sorted(free, key=lambda c: (classes.score[c], c))
-    budget = floor(ratio * sum(int(classes.weight[c]) for c in order))
-
     # Every layer's channels by class, and how many of them may go.
     layers: list[tuple[str, Labels, int]] = []
     for name, space in graph.spaces.items():
@@ -241,10 +237,19 @@ def _choose(
         layers.append((name, space.labels, max(0, limit)))
     layers += [("", use.labels, len(use.labels) - 1) for use in uses_of(graph) if use.kind in ("conv", "linear")]
     left = [limit for _, _, limit in layers]
+    limits = f"min_channels={least} and max_ratio_per_layer={most}"
     inside: dict[int, list[tuple[int, int]]] = {}
     for i, sizes in enumerate(class_sizes(classes, [labels for _, labels, _ in layers])):
         for found, size in sizes.items():
             inside.setdefault(found, []).append((i, size))
+            width = len(layers[i][1])
+            if size > left[i] and found not in classes.reasons:
+                together = f"{'all its' if size == width else f'{size} of its {width}'} channels hang together"
+                classes.reasons[found] = f"{together}; {limits} keep {width - left[i]}" if size < width else together
+
+    free = [c for c in np.unique(classes.of).tolist() if c not in classes.reasons]
+    order = sorted(free, key=lambda c: (classes.score[c], c))
+    budget = floor(ratio * sum(int(classes.weight[c]) for c in order))
 
     gone: list[int] = []
     held: dict[str, str] = {}
@@ -255,8 +260,7 @@ def _choose(
         full = [i for i, size in inside[found] if size > left[i]]
         for i in full:
             name, labels, limit = layers[i]
-            kept = len(labels) - limit
-            held.setdefault(name, f"min_channels={least} and max_ratio_per_layer={most} keep {kept} of {len(labels)}")
+            held.setdefault(name, f"{limits} keep {len(labels) - limit} of {len(labels)}")
         if full:
             for i, _ in inside[found]:
                 held.setdefault(layers[i][0], "some go together with what a limit keeps elsewhere")
@@ -285,8 +289,7 @@ def _rows(
         why = held.get(name, "")
         if not gone:
             above = "none of its scales is below the threshold"
-            together = len(np.unique(classes.of[space.labels])) == 1 < space.size
-            why = classes.reason(space.labels) or ("all its channels hang together" if together else why or above)
+            why = classes.reason(space.labels) or why or above
         elif name in classes.selected:
             why = "; ".join(filter(None, ["selects from a stream", why]))
         rows.append(PrunedRow(name, space.size, space.size - gone, why))

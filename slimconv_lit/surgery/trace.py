@@ -529,7 +529,7 @@ _SHAPES: dict[Any, Callable[..., Sequence[int] | None]] = {
     **dict.fromkeys(
         [
             *(aten.batch_norm, aten.relu, aten.relu_, aten.hardtanh, aten.hardtanh_, aten.silu, aten.silu_),
-            *(aten.sigmoid, aten.hardswish, aten.hardswish_, aten.gelu),
+            *(aten.sigmoid, aten.hardswish, aten.hardswish_, aten.gelu, aten.flip),
         ],
         _first,
     ),

@@ -37,7 +37,7 @@ def class_colour(index: int) -> str:
 
 
 def draw_boxes(image: Tensor, found: Sequence[Box], truth: Sequence[Sequence[float]] = ()) -> Tensor:
-    """`image` with the found boxes in thick lines and labelled, and the true ones in thin lines, dashed white and black.
+    """`image` with the found boxes thick and labelled, and the true ones thin and dashed, white and black.
 
     An image whose shorter side has less than 320 pixels is enlarged by a whole number, so that labels can be read.
 

@@ -1,10 +1,10 @@
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from slimconv_lit.callbacks import LastValidation, RunFolder, Visualize
+from slimconv_lit.callbacks.run_folder import make_checkpoints
 from slimconv_lit.tasks import ClassificationTask, Picture
 
 
@@ -20,26 +20,43 @@ class Tiny(ClassificationTask):
         if not self.trainer.sanity_checking:
             self.validated.append(self.global_step)
 
+    def validation_step(self, batch, batch_idx):
+        images, labels = batch
+        self.log("val/loss", self.loss(self(images), labels))
+
     def draw(self, batch, outputs):
         if self.global_step not in self.drawn:
             self.drawn.append(self.global_step)
         return [Picture(torch.zeros(3, 4, 4, dtype=torch.uint8), "x")]
 
 
-def fitted(folder, every_n_epochs=100, **options):
+def fitted(folder, cls=Tiny, every_n_epochs=100, **options):
     """A fit with ten batches in an epoch."""
     loader = DataLoader(TensorDataset(torch.randn(20, 3, 4, 4), torch.arange(20) % 3), 2)
-    saver = ModelCheckpoint(folder, monitor="val/loss", save_last=True)
+    folder.mkdir(exist_ok=True)
     drawer = Visualize(images=2, every_n_epochs=every_n_epochs)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    callbacks = [RunFolder(folder, {}), LastValidation(), drawer, saver]
-    trainer, task = pl.Trainer(callbacks=callbacks, **quiet | options), Tiny()
+    callbacks = [RunFolder(folder, {}), LastValidation(), drawer]
+    callbacks += make_checkpoints(folder, "val/loss", "min")
+    trainer, task = pl.Trainer(callbacks=callbacks, **quiet | options), cls()
     trainer.fit(task, loader, loader)
-    saved = torch.load(folder / "last.ckpt", weights_only=True)
+    saved = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
     return task, saved["global_step"]
 
 
 BY_STEPS = {"check_val_every_n_epoch": None}
+
+
+def test_the_last_checkpoint_is_of_the_last_validation_and_the_best_of_the_best(tmp_path):
+    class Worse(Tiny):
+        def validation_step(self, batch, batch_idx):
+            self.log("val/loss", float(self.global_step))
+
+    _, saved_step = fitted(tmp_path, Worse, max_epochs=3)
+    assert saved_step == 30
+    best = torch.load(tmp_path / "checkpoints" / "best.ckpt", weights_only=True)
+    assert best["global_step"] == 10
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
 
 
 @pytest.mark.parametrize(

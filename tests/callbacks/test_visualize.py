@@ -37,10 +37,11 @@ def test_the_same_images_in_a_file_and_in_tensorboard(tmp_path):
     callbacks = [RunFolder(tmp_path, {"a": {"b": 1}}), Visualize(images=12, every_n_epochs=2)]
     trainer = quiet_trainer(tmp_path, max_epochs=4, callbacks=callbacks)
     trainer.fit(Task("cifar_resnet20", 10, 1), datamodule=DigitsDataModule(batch_size=8))
-    # Epochs 0, 2 and the last.
-    assert len(seen) == 3
-    assert torch.equal(seen[0], seen[2])
-    assert len(seen[0]) == 12
+    # Epochs 0, 2 and the last, image by image.
+    assert len(seen) == 3 * 12
+    first, _, last = (torch.cat(seen[start : start + 12]) for start in (0, 12, 24))
+    assert torch.equal(first, last)
+    assert len(first.unique(dim=0)) == 12
     picture = np.asarray(Image.open(tmp_path / "pictures" / "validation.png"))
     events = EventAccumulator(str(tmp_path), size_guidance={"images": 0}).Reload()
     logged = events.Images("pictures/validation")
@@ -64,10 +65,28 @@ def test_the_averaged_weights_are_drawn(tmp_path):
 
 
 @pytest.mark.parametrize("count", [1, 7, 8, 9])
-def test_any_number_of_pictures(count):
-    picture = Picture(torch.zeros(3, 8, 12, dtype=torch.uint8), "two\nlines", correct=False)
+@pytest.mark.parametrize(("size", "columns"), [((8, 12), 8), ((300, 400), 4), ((8, 40), 3)])
+def test_any_number_of_pictures(count, size, columns):
+    picture = Picture(torch.zeros(3, *size, dtype=torch.uint8), "two\nlines", correct=False)
     figure = contact_sheet([picture] * count)
     assert sum(bool(axes.images) for axes in figure.axes) == count
+    assert figure.axes[0].get_gridspec().ncols == min(columns, count)
+
+
+def test_a_sheet_of_very_different_pictures_keeps_its_proportions():
+    sizes = [(500, 1), (1, 500), (30, 40), (40, 30)]
+    figure = contact_sheet([Picture(torch.zeros(3, *size, dtype=torch.uint8), "x") for size in sizes])
+    width, height = figure.get_size_inches()
+    assert 0.2 < height / width < 2
+
+
+def test_the_legends_of_all_pictures_are_one():
+    image = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    legends = [{"dog": "#400080", "background": "#000000"}, {"cat": "#400000", "background": "#000000"}, {}]
+    figure = contact_sheet([Picture(image, "x", legend=legend) for legend in legends])
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["background", "cat", "dog"]
+    assert not contact_sheet([Picture(image, "x")]).legends
 
 
 def test_the_class_report_counts_what_the_test_saw(tmp_path):

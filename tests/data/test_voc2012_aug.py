@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy.io import savemat
+from scipy.io import loadmat, savemat
 from torchvision.datasets.utils import calculate_md5
 
 from slimconv_lit.data import VOC2012AugDataModule, files, samples, sbd, voc2012_aug
@@ -98,9 +98,8 @@ def test_masks_are_vocs_own_where_there_are_such_and_sbds_elsewhere(tree):
             written = Image.open(voc(tree, "SegmentationClassAug", f"{path.stem}.png"))
             assert written.mode == "P"
             assert written.getpalette() == Image.open(voc(tree, "SegmentationClass/2012_000000.png")).getpalette()
-            assert np.array_equal(
-                mask, sbd.loadmat(tree / f"benchmark_RELEASE/dataset/cls/{path.stem}.mat")["GTcls"][0, 0][1]
-            )
+            stored = loadmat(tree / f"benchmark_RELEASE/dataset/cls/{path.stem}.mat")["GTcls"]["Segmentation"][0, 0]
+            assert np.array_equal(mask, stored)
 
 
 def test_all_10582_official_names(tmp_path):
@@ -160,9 +159,10 @@ def test_interrupted_writing_is_not_taken_for_finished(tree, monkeypatch):
         count.append(path)
         save(self, path, *args, **own)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(Image.Image, "save", interrupt)
-        make(tree).prepare_data()
+        with pytest.raises(KeyboardInterrupt):
+            make(tree).prepare_data()
     assert not list(voc(tree).glob("SegmentationClassAug*"))
     assert len(names(prepared(tree), "train")) == 10
 
@@ -189,13 +189,12 @@ def test_without_sbd_a_list_of_its_own_trains_and_validation_works(tree):
 def test_official_archives_are_unpacked_once(tree, tmp_path, monkeypatch):
     root = tmp_path / "archives"
     root.mkdir()
-    for module, name, mode in ((voc2012_aug, "VOC2012", "w"), (sbd, "SBD", "w:gz")):
+    for name, mode in (("VOC2012", "w"), ("SBD", "w:gz")):
         archive = getattr(voc2012_aug, name)
+        folder = archive.marker.partition("/")[0]
         with tarfile.open(root / archive.filename, mode) as tar:
-            tar.add(tree / archive.marker.partition("/")[0], archive.marker.partition("/")[0])
-        changed = archive._replace(md5=calculate_md5(root / archive.filename))
-        monkeypatch.setattr(voc2012_aug, name, changed)
-        assert module is voc2012_aug or module.SBD.filename == "benchmark.tgz"
+            tar.add(tree / folder, folder)
+        monkeypatch.setattr(voc2012_aug, name, archive._replace(md5=calculate_md5(root / archive.filename)))
     (root / "VOCtrainval_11-May-2012.tar.unpacking").mkdir()
     (root / "VOCtrainval_11-May-2012.tar.unpacking" / "left by a killed run").touch()
     assert len(names(prepared(root), "train")) == 10
@@ -290,7 +289,7 @@ def test_a_mask_of_another_size_is_named(tree):
 
 
 @pytest.mark.parametrize("file", ["JPEGImages/2012_000010.jpg", "SegmentationClass/2012_000010.png"])
-@pytest.mark.parametrize("left", [0, 300, -20])
+@pytest.mark.parametrize("left", [0, 300, -60])
 def test_a_truncated_picture_is_named_before_training_starts(tree, file, left):
     make(tree).prepare_data()
     content = voc(tree, file).read_bytes()
@@ -342,7 +341,7 @@ def test_grey_and_cmyk_images_are_converted(tree, mode):
 def test_images_one_pixel_wide_work(tree, size):
     for name in ("2012_000001", "2012_000010"):
         Image.new("RGB", size).save(voc(tree, f"JPEGImages/{name}.jpg"))
-        Image.new("P", size, 3).save(voc(tree, f"SegmentationClass/{name}.png"))
+        Image.new("L", size, 3).save(voc(tree, f"SegmentationClass/{name}.png"))
     data = prepared(tree, batch_size=10, eval_batch_size=2, crop_eval=True)
     images, masks = next(iter(data.train_dataloader()))
     assert images.shape == (10, 3, 64, 64)
@@ -370,16 +369,16 @@ def test_evaluation_shows_whole_images_filled_up_in_a_batch(tree):
 
 def test_the_crop_evaluation_comes_beside_the_whole_images(tree):
     data = prepared(tree, crop_eval=True)
-    state = torch.get_rng_state()
     for loaders in (data.val_dataloader(), data.test_dataloader()):
         whole, centres = loaders
         assert len(whole) == len(centres) == 4
         for image, mask in centres:
             assert image.shape == (1, 3, 64, 64)
             assert mask.shape == (1, 64, 64)
-            assert 255 not in mask[0, ::63, ::63] or 255 in mask
         assert next(iter(whole))[0].shape[2:] != (64, 64)
-    assert torch.equal(torch.get_rng_state(), state) or data.num_workers == 0
+    state = torch.get_rng_state()
+    centres.dataset[0]
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_crop_larger_than_the_images_is_filled_up(tree):

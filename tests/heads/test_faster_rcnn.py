@@ -176,7 +176,7 @@ def test_the_default_is_to_freeze_where_weights_come_along(monkeypatch):
         faster_rcnn("torchvision:resnet18", SlimConv2d, 3, freeze="stem", **given)
     # The name has the operator in it.
     with pytest.raises(ValueError, match=r"freeze='norms'.*use freeze='none'"):
-        faster_rcnn("sc_resnet50", None, 3, freeze="norms", **given)
+        faster_rcnn("sc_cifar_resnet56", None, 3, freeze="norms", **given)
 
 
 def test_takes_feature_maps_with_their_weights():

@@ -297,7 +297,7 @@ def test_bad_input():
         prune(chain(), 0.5, min_channels=0)
     with pytest.raises(ValueError, match=r"max_ratio_per_layer=1\.5"):
         prune(chain(), 0.5, max_ratio_per_layer=1.5)
-    with pytest.raises(ValueError, match="could not be traced.*give an example_input"):
+    with pytest.raises(ValueError, match=r"could not be traced.*give an example_input"):
         prune(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(7, 2)), 0.5)
     sick = chain()
     sick[1].running_var.fill_(float("nan"))
@@ -312,7 +312,7 @@ def test_a_plan_is_another_networks():
     report = prune(chain(nn.ReLU()), 0.5)
     other = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     before, modules = tensors(other), [type(m) for m in other.modules()]
-    with pytest.raises(ValueError, match="plan is another network's: 0 should have .* it has 4"):
+    with pytest.raises(ValueError, match=r"plan is another network's: 0 should have .* it has 4"):
         apply_plan(other, report.plan)
     with pytest.raises(ValueError, match="there is no such layer"):
         apply_plan(nn.Sequential(), report.plan)

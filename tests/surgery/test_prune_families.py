@@ -18,16 +18,16 @@ RATIOS, KS = (0.3, 0.5, 0.7), (None, "4/3", "2", "8/3")
 # What SlimConv can be put into; DenseNet's and SqueezeNet's spatial convolutions are all concatenated.
 TORCHVISION = (
     "resnet18", "resnext50_32x4d", "densenet121", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0",
-    "regnet_y_400mf", "shufflenet_v2_x0_5", "googlenet", "vgg11_bn", "mnasnet0_5", "wide_resnet50_2",
+    "regnet_y_400mf", "shufflenet_v2_x0_5", "googlenet", "inception_v3", "mnasnet0_5", "wide_resnet50_2", "vgg11_bn",
 )  # fmt: skip
 STREAMS = ("keep", "coupled", "select")
 
 
-def treatments(names):
-    """Each network plain and slim once, so that neighbours differ in everything."""
+def treatments(names, times=1):
+    """Some treatments for each network, so that neighbours differ in everything."""
     for i, name in enumerate(names):
-        yield name, None, RATIOS[i % 3], STREAMS[(i + i // 3) % 3]
-        yield name, KS[1 + i % 3], RATIOS[(i + 1) % 3], STREAMS[(i + i // 3 + 1) % 3]
+        for j in range(i, i + times):
+            yield name, KS[j % 4], RATIOS[(i + j) % 3], STREAMS[(i + j + i // 3) % 3]
 
 
 def prune_and_check(model, ratio, streams, x, min_channels=4):
@@ -38,19 +38,20 @@ def prune_and_check(model, ratio, streams, x, min_channels=4):
     return report
 
 
-@pytest.mark.parametrize(("name", "k", "ratio", "streams"), treatments(TORCHVISION))
+@pytest.mark.parametrize(("name", "k", "ratio", "streams"), [*treatments(TORCHVISION, 2)])
 def test_torchvision(name, k, ratio, streams):
     torch.manual_seed(0)
-    options = {"init_weights": False} if name == "googlenet" else {}
-    model = torchvision.models.get_model(name, num_classes=10, **options)
+    quick = {"init_weights": False} if name in ("googlenet", "inception_v3", "vgg11_bn") else {}
+    model = torchvision.models.get_model(name, num_classes=10, **quick)
+    size = 96 if name == "inception_v3" else 64
     if k:
         slimify(model, k=k)
-    report = prune_and_check(model, ratio, streams, torch.randn(2, 3, 64, 64))
+    report = prune_and_check(model, ratio, streams, torch.randn(2, 3, size, size))
     # Orbits and groups are coarse, and limits keep what is left of narrow layers.
     assert 0.8 * ratio * report.scales < report.pruned <= ratio * report.scales, report
 
 
-@pytest.mark.parametrize(("name", "k", "ratio", "streams"), treatments(QUICK_OWN))
+@pytest.mark.parametrize(("name", "k", "ratio", "streams"), [*treatments(QUICK_OWN)])
 def test_own(name, k, ratio, streams):
     torch.manual_seed(0)
     operator = k and {"class_path": "SlimConv2d", "init_args": {"k": k}}

@@ -73,7 +73,6 @@ def test_one_image_a_step_and_images_without_objects_train(form):
     assert len(parts) == 4
     assert float(sum(parts)) == pytest.approx(float(logged["train/loss"]), rel=1e-5)
     still = [name for name, p in task.named_parameters() if torch.equal(p, before[name])]
-    # Of a residual block's last convolution all but the bias of a norm may stand still for two steps, but not whole parts.
     assert not [name for name in still if name.endswith("weight") and "conv" in name]
 
 
@@ -159,7 +158,7 @@ def test_a_plain_network_s_weights_in_a_slim_one_leave_all_to_be_trained(tmp_pat
     torch.save(create_backbone("cifar_resnet20").state_dict(), tmp_path / "plain.pth")
     slim = {"operator": "SlimConv2d", "weights": str(tmp_path / "plain.pth")}
     assert DetectionTask(**SMALL, **slim).hparams["freeze"] == "none"
-    with pytest.raises(ValueError, match="freeze='norms'.*has to be trained"):
+    with pytest.raises(ValueError, match=r"freeze='norms'.*has to be trained"):
         DetectionTask(**SMALL, **slim, freeze="norms")
 
 
