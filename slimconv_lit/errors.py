@@ -2,11 +2,10 @@
 
 import inspect
 import re
-from collections import defaultdict
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from pytorch_lightning import Callback, Trainer
+from pytorch_lightning import Callback
 from pytorch_lightning.cli import LightningArgumentParser
 from pytorch_lightning.loggers import Logger
 
@@ -34,6 +33,7 @@ _ROOTS: dict[str, type] = {
 # What jsonargparse 4 says. For nested values it repeats itself level by level, the innermost last.
 _KEY = re.compile(r'Parser key "([\w.]+)"')
 _BAD_KEY = re.compile(r"(?:Option|accept option|unrecognized arguments:) '?-*([\w.]+)")
+_CLASS = re.compile(r"class_path[ =]'([\w.]+)'")
 _BAD_CLASS = re.compile(
     r"import path string: '?([\w.]+)|module '[\w.]+' has no attribute '(\w+)'|'([\w.]+)' to be a subclass of"
 )
@@ -57,7 +57,8 @@ def _arguments(cls: type) -> set[str]:
     return {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)} - {"self"}
 
 
-def _explain_key(key: str, options: Collection[str], argv: Sequence[str]) -> str:
+def _explain_key(key: str, part: str, named: Collection[str], options: Collection[str], argv: Sequence[str]) -> str:
+    """Why `key` is not accepted in the `part` of the config ("model.operator") in which the classes `named` stand."""
     # The parser may name only the last part of the key; what was typed says more.
     typed = next((w.partition("=")[0] for w in argv if re.search(rf"^-.*\b{re.escape(key)}(=|$)", w)), key)
     full = typed.lstrip("-")
@@ -65,16 +66,19 @@ def _explain_key(key: str, options: Collection[str], argv: Sequence[str]) -> str
     tops = {option.partition(".")[0] for option in options}
     if head not in tops and (typed != key or tail):
         return f"{typed!r} is not accepted; {closest(head, tops)}"
-    if head == "trainer":
-        return f"{typed!r} is not accepted; {closest(full, [o for o in options if o.startswith('trainer.')])}"
-    owners: dict[str, list[str]] = defaultdict(list)
-    for cls in [cls for part in ("model", "data", "operator") for cls in _family(_ROOTS[part])] + [Trainer]:
-        for argument in _arguments(cls):
-            owners[argument].append(cls.__name__)
     name = full.rpartition(".")[2]
-    if name in owners:
-        return f"{typed!r} is not accepted here; it belongs to {' and '.join(owners[name])}, which must be named first"
-    return f"{typed!r} is not accepted; {_near(name, owners) or '`--help` lists what is'}"
+    root = _ROOTS.get((part or head).rpartition(".")[2])
+    family = _family(root) if root else []
+    if owners := [cls.__name__ for cls in family if name in _arguments(cls)]:
+        return f"{typed!r} is not accepted here; it belongs to {' and '.join(owners)}, which must be named first"
+    others = [p for p in ("model", "data") if any(name in _arguments(cls) for cls in _family(_ROOTS[p]))]
+    if elsewhere := [f"--{p}.{name}" for p in others] + [f"--{o}" for o in options if o == f"trainer.{name}"]:
+        return f"{typed!r} is not accepted; did you mean {' or '.join(map(repr, elsewhere))}?"
+    if not family:
+        return f"{typed!r} is not accepted; {closest(full, [o for o in options if o.startswith(f'{head}.')])}"
+    chosen = [cls for cls in family if cls.__name__ in named] or family
+    hint = _near(name, {argument for cls in chosen for argument in _arguments(cls)})
+    return f"{typed!r} is not accepted; {hint or '`--help` lists what is'}"
 
 
 def _near(name: str, known: Collection[str]) -> str:
@@ -93,7 +97,8 @@ def explain(message: str, options: Collection[str] = (), argv: Sequence[str] = (
     key = ".".join(_KEY.findall(message))
     where = f"{key}: " if key else ""
     if match := _BAD_KEY.search(message):
-        return _explain_key(match[1], options, argv)
+        named = [path.rpartition(".")[2] for path in _CLASS.findall(message)]
+        return _explain_key(match[1], key, named, options, argv)
     if match := _CHOICES.search(message):
         choices = re.findall(r"'([^']+)'", match[1])
         return f"{where}there is no {match[2]!r}; {closest(match[2], choices)}"

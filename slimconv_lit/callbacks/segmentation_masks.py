@@ -24,7 +24,7 @@ def palette_image(labels: NDArray[np.uint8], palette: NDArray[np.uint8]) -> Imag
 
 
 def overlay(
-    pixels: NDArray[np.uint8], labels: NDArray[np.uint8], palette: NDArray[np.uint8], strength: float = 0.6
+    pixels: NDArray[np.uint8], labels: NDArray[np.uint8], palette: NDArray[np.uint8], strength: float = 0.5
 ) -> Image.Image:
     """The image (H, W, 3) tinted with its labels' colours; label 0, the background, leaves it as it is."""
     tinted = (1 - strength) * pixels + strength * palette[labels]

@@ -36,7 +36,8 @@ def contact_sheet(pictures: Sequence[Picture]) -> Figure:
     columns = min(columns, len(pictures))
     rows = -(-len(pictures) // columns)
     # A row is as high as its highest picture, but no strip of an image makes it a tower.
-    heights = [cell * float(ratios[i * columns : (i + 1) * columns].max().clip(0.1, 1.6)) for i in range(rows)]
+    ratios = ratios.clip(0.1, 1.5 * max(0.1, float(np.median(ratios))))
+    heights = [cell * float(ratios[i * columns : (i + 1) * columns].max()) for i in range(rows)]
     lines = 1 + max(picture.caption.count("\n") for picture in pictures)
     legend = {name: colour for picture in pictures for name, colour in picture.legend.items()}
     in_a_row = max(1, int(cell * columns / 1.3))
@@ -46,6 +47,7 @@ def contact_sheet(pictures: Sequence[Picture]) -> Figure:
     cells = figure.subplots(rows, columns, squeeze=False, gridspec_kw={"height_ratios": heights})
     for axes, picture in zip(cells.flat, pictures, strict=False):
         axes.imshow(picture.image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
+        axes.set_anchor("N")
         axes.set_title(_narrow(picture.caption, int(15 * cell)), fontsize=7.5, color=_COLOURS[picture.correct])
     for axes in figure.axes:
         axes.set_axis_off()

@@ -37,8 +37,7 @@ def freeze_backbone(maps: FeatureMaps, what: Freeze) -> None:
     import timm.layers
 
     layers: Any = timm.layers
-    with next(maps.parameters()).device:
-        layers.freeze_batch_norm_2d(maps)
+    layers.freeze_batch_norm_2d(maps)
 
 
 def use_group_norms(maps: FeatureMaps) -> None:

@@ -244,8 +244,9 @@ def _choose(
             inside.setdefault(found, []).append((i, size))
             width = len(layers[i][1])
             if size > left[i] and found not in classes.reasons:
-                together = f"{'all its' if size == width else f'{size} of its {width}'} channels hang together"
-                classes.reasons[found] = f"{together}; {limits} keep {width - left[i]}" if size < width else together
+                kept = f"{limits} keep {width - left[i]} of {width}"
+                together = f"{size} of its {width} channels hang together, and {kept}" if size > 1 else kept
+                classes.reasons[found] = "all its channels hang together" if size == width > 1 else together
 
     free = [c for c in np.unique(classes.of).tolist() if c not in classes.reasons]
     order = sorted(free, key=lambda c: (classes.score[c], c))

@@ -1,5 +1,6 @@
 """What every task shares: plain-value hyperparameters, SGD, a schedule per optimizer step, weight averaging."""
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
@@ -113,6 +114,10 @@ class BaseTask(pl.LightningModule):
         super().__init__()
         # logger=False: the run folder hands the nested configuration to the loggers, once.
         self.save_hyperparameters(logger=False, ignore=["operator"])
+        # The command line hands every task what it learns from the data; in_channels is no argument of all.
+        taken = {name for cls in type(self).__mro__ for name in inspect.signature(cls).parameters}
+        for name in [name for name in self.hparams if name not in taken and not name.startswith("_")]:
+            del self.hparams[name]
         # Plain values, also when built from Python: a checkpoint must load without unpickling a class.
         self.hparams["operator"] = None if operator is None else describe_operator(operator)
         self.hparams["milestones"] = list(milestones)

@@ -1,5 +1,6 @@
 """Boxes with class and score on an image."""
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -13,8 +14,9 @@ from matplotlib.colors import to_hex
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-# Below this, a label would hide the object that it names.
+# Pixels; in a smaller image a label would hide the object that it names. But no strip of an image becomes a wall.
 _LEAST_SIDE = 320
+_MOST_ENLARGED = 1280
 
 
 class Box(NamedTuple):
@@ -39,7 +41,8 @@ def class_colour(index: int) -> str:
 def draw_boxes(image: Tensor, found: Sequence[Box], truth: Sequence[Sequence[float]] = ()) -> Tensor:
     """`image` with the found boxes thick and labelled, and the true ones thin and dashed, white and black.
 
-    An image whose shorter side has less than 320 pixels is enlarged by a whole number, so that labels can be read.
+    An image whose shorter side has less than 320 pixels is enlarged by a whole number, so that labels can be read, as
+    long as the longer side stays below 1280.
 
     Args:
         image: (3, H, W) uint8.
@@ -47,9 +50,10 @@ def draw_boxes(image: Tensor, found: Sequence[Box], truth: Sequence[Sequence[flo
         truth: Corners of the true boxes.
 
     Returns:
-        (3, s * H, s * W) uint8, s = 1 for a large image.
+        (3, s * H, s * W) uint8, where s = 1 for a large image.
     """
-    factor = -(-_LEAST_SIDE // min(image.shape[-2:])) if min(image.shape[-2:]) < _LEAST_SIDE else 1
+    shorter, longer = sorted(image.shape[-2:])
+    factor = max(1, min(math.ceil(_LEAST_SIDE / shorter), _MOST_ENLARGED // longer))
     canvas = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
     canvas = canvas.resize((canvas.width * factor, canvas.height * factor), Image.Resampling.BICUBIC)
     drawing = ImageDraw.Draw(canvas)

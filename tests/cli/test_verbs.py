@@ -28,7 +28,12 @@ SLIM = ["--model.operator=SlimConv2d", "--model.operator.k=8/3"]
 # By how a config's name begins: what `predict` writes, and what makes its network small enough to run here.
 PREDICTED = {"cls": "predictions.csv", "det": "predictions.json", "quickstart": "predictions.csv", "seg": "predictions"}
 SMALLER = {
-    "det": ["--model.min_size=64", '--model.head={"rpn_post_nms_top_n_test": 8, "box_batch_size_per_image": 8}'],
+    "det": [
+        "--model.min_size=64",
+        "--trainer.check_val_every_n_epoch=1",
+        '--model.head={"rpn_post_nms_top_n_test": 8, "box_batch_size_per_image": 8}',
+    ],
+    "seg": ["--data.crop_size=65"],
 }
 
 

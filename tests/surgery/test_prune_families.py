@@ -1,6 +1,6 @@
 """Masked and pruned networks agree: own backbones and torchvision's families, plain and slim, at 30, 50 and 70 %.
 
-Every network meets every treatment in turn, a few here; `benchmarks/prune_coverage.py` goes through all of them.
+Neighbours differ in everything, so that all treatments are met without meeting all of them everywhere.
 """
 
 import copy
@@ -24,7 +24,7 @@ STREAMS = ("keep", "coupled", "select")
 
 
 def treatments(names, times=1):
-    """Some treatments for each network, so that neighbours differ in everything."""
+    """Some treatments for each network."""
     for i, name in enumerate(names):
         for j in range(i, i + times):
             yield name, KS[j % 4], RATIOS[(i + j) % 3], STREAMS[(i + j + i // 3) % 3]
