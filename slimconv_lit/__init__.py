@@ -23,12 +23,14 @@ if TYPE_CHECKING:
     from slimconv_lit.surgery import slimify as slimify
     from slimconv_lit.surgery import substitute as substitute
     from slimconv_lit.tasks import ClassificationTask as ClassificationTask
+    from slimconv_lit.tasks import DetectionTask as DetectionTask
     from slimconv_lit.tasks import SegmentationTask as SegmentationTask
 
 _HOMES = {
     "CIFAR100DataModule": "data",
     "COCO2014DataModule": "data",
     "ClassificationTask": "tasks",
+    "DetectionTask": "tasks",
     "DigitsDataModule": "data",
     "ImageNetDataModule": "data",
     "PruneReport": "surgery",

@@ -89,6 +89,14 @@ def _run(verb: str, argv: list[str]) -> int:
         offline = "; the download needs a network (or --data.sample=true, a small sample without one)"
         print(f"error: {error}{offline if isinstance(error, URLError) else ''}", file=sys.stderr)
         return 2
+    except ValueError as error:
+        # Light where nothing has failed: only what has read data can raise it.
+        from slimconv_lit.data.files import DataError
+
+        if not isinstance(error, DataError) or os.environ.get("JSONARGPARSE_DEBUG"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except BrokenPipeError:
         # `... | head` has read enough; without this, Python would complain once more as it flushes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

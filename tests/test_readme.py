@@ -28,9 +28,7 @@ def test_the_snippet_prints_what_stands_below_it():
     assert shows(out.getvalue(), block), out.getvalue()
 
 
-@pytest.mark.parametrize(
-    "verb", [verb for verb in ("models", "profile", "paper") if f"slimconv_lit {verb} " in README]
-)
+@pytest.mark.parametrize("verb", [verb for verb in ("models", "profile", "paper") if f"slimconv_lit {verb} " in README])
 def test_tool_commands_print_what_stands_below_them(verb, capsys):
     for command, block in re.findall(rf"\$ python -m slimconv_lit ({verb} .*?)\n(.*?)```", README, re.S):
         assert main(command.split()) == 0

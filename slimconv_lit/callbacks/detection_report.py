@@ -83,5 +83,5 @@ class DetectionReport(Callback):
         if kept:
             mean = float(found["map"])
             title = f"Precision over recall at IoU 0.5\n{_MEANING[kind]} (mean of {len(kept)} classes: {mean:.3f})"
-            parts = ([column[i] for i in kept] for column in (names, values, curves))
-            save_figure(draw_curves(*parts, title=title), pictures_of(trainer) / "precision_recall.png", trainer)
+            of_kept = [names[i] for i in kept], [values[i] for i in kept], [curves[i] for i in kept]
+            save_figure(draw_curves(*of_kept, title), pictures_of(trainer) / "precision_recall.png", trainer)

@@ -95,8 +95,8 @@ class Resize(v2.Transform):
         return tv_tensors.Mask(v2f.resize(inpt.as_subclass(Tensor)[None], size, interpolation=nearest)[0])
 
 
-def segmentation_train(size: int, flip: bool = True) -> v2.Compose:
-    """Resized by a random factor of 0.5 to 2, `size` x `size` cropped at random, horizontal flip.
+def segmentation_train(size: int, flip: bool = True, scale: tuple[float, float] = (0.5, 2.0)) -> v2.Compose:
+    """Resized by a random factor, `size` x `size` cropped at random, horizontal flip.
 
     The recipe of the reference repository (VainF). Where a crop reaches beyond its image, the image has the mean colour
     and the mask is 255.
@@ -104,11 +104,12 @@ def segmentation_train(size: int, flip: bool = True) -> v2.Compose:
     Args:
         size: Height and width in pixels.
         flip: Whether half of the images are mirrored.
+        scale: The least and the greatest factor.
     """
     mean = tuple(round(255 * value) for value in IMAGENET_STATS[0])
     crop = v2.RandomCrop(size, pad_if_needed=True, fill={tv_tensors.Mask: 255, "others": mean})
     mirror = v2.RandomHorizontalFlip(0.5 if flip else 0.0)
-    return v2.Compose([v2.ToImage(), Resize((0.5, 2.0)), crop, mirror, *finish(IMAGENET_STATS)])
+    return v2.Compose([v2.ToImage(), Resize(scale), crop, mirror, *finish(IMAGENET_STATS)])
 
 
 def segmentation_eval() -> v2.Compose:

@@ -127,9 +127,10 @@ class VOC2012AugDataModule(BaseDataModule):
     ImageSets/Segmentation/train_aug.txt names. An image's mask is VOC2012's own (SegmentationClass) where there is one.
     With `train_list`, any tree in this layout with these classes will do.
 
-    Training resizes both sides by 0.5 to 2, crops at random and flips. Evaluation takes images whole, at their own
-    size; in batches of several they are padded to the largest, which changes the figures a little. Batches are images
-    and masks: int64 (B, H, W), 0 to 20, and 255 where a pixel does not count. Predict batches are single images.
+    Training resizes both sides by a factor from `scale`, crops at random and flips. Evaluation takes images whole, at
+    their own size; in batches of several they are padded to the largest, which changes the figures a little. Batches
+    are images and masks: int64 (B, H, W), 0 to 20, and 255 where a pixel does not count. Predict batches are single
+    images.
 
     With `sample=True` the first ten classes are handwritten digits, and the other ten never occur.
 
@@ -141,6 +142,7 @@ class VOC2012AugDataModule(BaseDataModule):
         seed: Of the training order and the augmentation.
         crop_size: Height and width of training images, and of `crop_eval`, in pixels.
         flip: Mirror half of the training images; not where left and right differ, as in digits.
+        scale: The least and the greatest factor of both sides of training images.
         train_list: A list in ImageSets/Segmentation to train on, such as "train" (VOC2012's own 1,464 images). None
             means the 10,582 images of VOC2012 Aug, or those of the sample.
         crop_eval: Validate and test on two loaders: the images whole, and their centres (the shorter side resized to
@@ -167,6 +169,7 @@ class VOC2012AugDataModule(BaseDataModule):
         seed: int = 0,
         crop_size: int = 513,
         flip: bool = True,
+        scale: tuple[float, float] = (0.5, 2.0),
         train_list: str | None = None,
         crop_eval: bool = False,
         download: bool = False,
@@ -177,9 +180,14 @@ class VOC2012AugDataModule(BaseDataModule):
         super().__init__(root, batch_size, eval_batch_size, num_workers, seed, sample, predict_dir, pin_memory)
         if crop_size < 1:
             raise ValueError(f"crop_size={crop_size} must be at least 1")
+        if not 0 < scale[0] <= scale[1]:
+            raise ValueError(f"scale={list(scale)} must be a least and a greatest factor, both above 0")
         self.save_hyperparameters(logger=False)
         self.crop_size = crop_size
         self.flip = flip
+        self.scale = (scale[0], scale[1])
+        # Plain values: a tuple would come back from a checkpoint's configuration as a list.
+        self.hparams["scale"] = list(scale)
         self.train_list = train_list
         self.crop_eval = crop_eval
         self.download = download
@@ -214,7 +222,8 @@ class VOC2012AugDataModule(BaseDataModule):
         train = split == "train"
         data = SegmentationPairs(self._folder, self._train_names() if train else self._list("val"), self.num_classes)
         data.check()
-        return Transformed(data, segmentation_train(self.crop_size, self.flip) if train else self.eval_transform)
+        recipe = segmentation_train(self.crop_size, self.flip, self.scale)
+        return Transformed(data, recipe if train else self.eval_transform)
 
     @staticmethod
     def collate(items: list[tuple[Any, ...]]) -> tuple[Any, ...]:

@@ -92,7 +92,7 @@ class _Change:
 
     layer: str
     build: Callable[[], Operator]
-    # One such operator on the meta device, which told its width; the trial runs it.
+    # Such an operator on the meta device, which told the width and which the trial runs; others may share it.
     trial: Operator
     absorbed: str | None
     follow: Private
@@ -191,11 +191,12 @@ def substitute(
     changes: dict[str, _Change] = {}
     reasons: dict[str, str] = {}
     shared = shared_layers(model)
+    trials = _trials(factory)
     order = [name for name in graph.spaces if name in convs] + [name for name in convs if name not in graph.spaces]
     for name in order:
         try:
             _check_wanted(name, convs[name], include, exclude, min_channels)
-            changes[name] = _plan(model, graph, factory, name, changes, shared)
+            changes[name] = _plan(model, graph, factory, trials, name, changes, shared)
         except _LeaveError as leave:
             reasons[name] = str(leave)
 
@@ -274,10 +275,22 @@ def _check_wanted(name: str, conv: nn.Module, include: Patterns, exclude: Patter
         raise _LeaveError(f"reads {conv.in_channels} channels, fewer than min_channels={min_channels}")
 
 
+def _trials(factory: OperatorFactory) -> Callable[..., Operator]:
+    """Builds on the meta device, where the arguments (and the type of the weights) repeat only once."""
+
+    @functools.cache
+    def build(dtype: torch.dtype, *arguments: Any) -> Operator:
+        with torch.device("meta"), NothingDrawn(), torch.random.fork_rng(devices=[]):
+            return factory(*arguments).to(dtype)
+
+    return build
+
+
 def _plan(
     model: nn.Module,
     graph: ChannelGraph,
     factory: OperatorFactory,
+    trials: Callable[..., Operator],
     name: str,
     changes: dict[str, _Change],
     shared: set[str],
@@ -295,20 +308,11 @@ def _plan(
     if conv.padding_mode != "zeros":
         raise _LeaveError(f"has padding_mode={conv.padding_mode!r}")
 
-    def build() -> Operator:
-        return factory(
-            conv.in_channels,
-            conv.out_channels,
-            _simple(conv.kernel_size),
-            _simple(conv.stride),
-            _simple(conv.dilation),
-            conv.groups,
-            _own_padding(conv),
-        )
-
+    kernel, stride, dilation = (_simple(size) for size in (conv.kernel_size, conv.stride, conv.dilation))
+    arguments = (conv.in_channels, conv.out_channels, kernel, stride, dilation, conv.groups, _own_padding(conv))
+    build = functools.partial(factory, *arguments)
     try:
-        with torch.device("meta"), NothingDrawn(), torch.random.fork_rng(devices=[]):
-            trial = build()
+        trial = trials(conv.weight.dtype, *arguments)
     except ValueError as error:
         raise _LeaveError(str(error)) from None
     width = trial.out_channels

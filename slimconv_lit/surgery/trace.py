@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, TypeAlias
@@ -35,6 +35,11 @@ Inputs: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, FrozenBatchNorm2d)
 LEAVES = (nn.Conv2d, nn.Linear, Operator, *NORMS)
 
+_DRAWS = {
+    *(nn.init.uniform_, nn.init.normal_, nn.init.constant_, nn.init.kaiming_uniform_),
+    *(Tensor.uniform_, Tensor.normal_, Tensor.fill_, Tensor.zero_),
+}
+
 # Tried in turn where the caller gives no example: ImageNet first, then CIFAR and other common sizes.
 SIZES = (224, 32, 256, 64, 128, 299, 28, 96, 384, 512)
 
@@ -42,7 +47,7 @@ SIZES = (224, 32, 256, 64, 128, 299, 28, 96, 384, 512)
 def shadow_of(model: nn.Module) -> nn.Module:
     """A copy of `model` on the meta device; no weight is copied."""
     # A module's tables of hooks are nearly always empty; made here, they need not be taken apart by deepcopy.
-    tables = (value for module in model.modules() for value in vars(module).values() if isinstance(value, dict))
+    tables = (v for module in model.modules() for v in vars(module).values() if type(v) in (dict, OrderedDict))
     memo: dict[int, Any] = {id(table): type(table)() for table in tables if not table}
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
@@ -53,12 +58,6 @@ def shadow_of(model: nn.Module) -> nn.Module:
             if isinstance(value, Tensor) and value.device.type != "meta":
                 vars(module)[name] = value.detach().to("meta")
     return shadow
-
-
-_DRAWS = {
-    *(nn.init.uniform_, nn.init.normal_, nn.init.constant_, nn.init.kaiming_uniform_),
-    *(Tensor.uniform_, Tensor.normal_, Tensor.fill_, Tensor.zero_),
-}
 
 
 class NothingDrawn(TorchFunctionMode):
@@ -125,12 +124,12 @@ class _ShapesOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _same_type(args: Sequence[Any]) -> bool:
-    """Whether all tensors in `args`, the first among them, are on the meta device and of one floating type."""
-    tensors = [arg for arg in args if isinstance(arg, Tensor)]
-    return (
-        isinstance(args[0], Tensor)
-        and args[0].is_floating_point()
-        and all(tensor.is_meta and tensor.dtype == args[0].dtype for tensor in tensors)
+    """Whether `args[0]` is a floating tensor and what comes of it with the others is of its type, all on meta."""
+    if not isinstance(args[0], Tensor) or not args[0].is_floating_point():
+        return False
+    return all(
+        arg.is_meta and arg.dtype == args[0].dtype if isinstance(arg, Tensor) else not isinstance(arg, complex)
+        for arg in args
     )
 
 
@@ -496,7 +495,7 @@ def _pad(known: Any, args: Any, kwargs: Any, output: Tensor) -> Labels | None:
     return labels
 
 
-# ---- shapes of results, for floating tensors of one type: each rule gets the operation's arguments; None: ask torch ----
+# ---- shapes of results, for floating tensors of one type, by the arguments; None: ask torch --------------------------
 
 
 def _first(x: Tensor, *rest: Any) -> Sequence[int]:

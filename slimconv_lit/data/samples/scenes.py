@@ -59,7 +59,12 @@ class Pool:
 
 
 def compose_scene(
-    rng: np.random.Generator, pool: Pool, labels: Sequence[int], places: Sequence[Box], size: tuple[int, int]
+    rng: np.random.Generator,
+    pool: Pool,
+    labels: Sequence[int],
+    places: Sequence[Box],
+    size: tuple[int, int],
+    cards: bool = False,
 ) -> Scene:
     """Digits, each in one bright ink, on a darker, grainy ground whose colour changes softly.
 
@@ -71,6 +76,8 @@ def compose_scene(
         labels: The digits to write.
         places: Where to write each; its cell is stretched to the box. One that another covers is seen in part.
         size: Height and width of the scene in pixels.
+        cards: Write each digit on a dark card with round corners, which then is the object. Strokes alone are so few
+            pixels that a segmentation network needs many epochs to tell their classes apart.
     """
     height, width = size
     tint = rng.uniform(30, 110) + rng.normal(0, 35, 3) + rng.normal(0, 20, (3, 4, 3))
@@ -82,11 +89,22 @@ def compose_scene(
         # So steep that the edge of a stroke is about a pixel wide, however far those few pixels are enlarged.
         cover = np.clip((np.asarray(glyph) - 0.4) * (y1 - y0) / 10 + 0.5, 0, 1)[..., None]
         part = image[y0:y1, x0:x1]
+        seen = cover[..., 0] > 0.5
+        if cards:
+            seen = _card(y1 - y0, x1 - x0)
+            part = np.where(seen[..., None], rng.uniform(0, 30, 3).astype(np.float32), part)
+            cover = cover * seen[..., None]
         ink = rng.uniform(180, 255, 3)
         image[y0:y1, x0:x1] = part * (1 - cover) + ink.astype(np.float32) * cover
-        instances[y0:y1, x0:x1][cover[..., 0] > 0.5] = number
+        instances[y0:y1, x0:x1][seen] = number
     boxes = [bounds(instances == number) for number in range(1, len(labels) + 1)]
     return Scene(np.clip(image, 0, 255).astype(np.uint8), boxes, list(labels), instances)
+
+
+def _card(height: int, width: int) -> NDArray[np.bool_]:
+    """A rectangle with round corners that fills (height, width)."""
+    y, x = ((2 * np.arange(side) + 1) / side - 1 for side in (height, width))
+    return y[:, None] ** 6 + x[None, :] ** 6 <= 1
 
 
 def bounds(mask: NDArray[np.bool_]) -> Box:
@@ -125,7 +143,7 @@ def _shared(a: Box, b: Box) -> float:
 def object_scene(rng: np.random.Generator, pool: Pool, heights: Sequence[int], size: tuple[int, int]) -> Scene:
     """A scene of random digits at random places, about as many as there are heights."""
     places = scatter(rng, heights, size)
-    return compose_scene(rng, pool, rng.integers(10, size=len(places)).tolist(), places, size)
+    return compose_scene(rng, pool, rng.integers(10, size=len(places)).tolist(), places, size, cards=True)
 
 
 def build_once(root: Path, name: str, write: Callable[[Path], None]) -> Path:

@@ -106,14 +106,14 @@ def write_voc2007(folder: Path, counts: tuple[int, int] = (300, 100), seed: int 
     _write_object_lists(root / "ImageSets" / "Main", splits)
 
 
-def _heights(rng: np.random.Generator) -> list[int]:
+def _heights(rng: np.random.Generator, least: int = 40, most: int = 64) -> list[int]:
     # As many as there is room for: a network learns the classes from the objects, and an empty ground costs as much.
-    heights: list[int] = rng.integers(40, 65, rng.integers(3, 9)).tolist()
+    heights: list[int] = rng.integers(least, most + 1, rng.integers(3, 9)).tolist()
     return heights
 
 
-def _size(rng: np.random.Generator) -> tuple[int, int]:
-    return int(rng.integers(96, 145)), int(rng.integers(96, 145))
+def _size(rng: np.random.Generator, least: int = 96, most: int = 144) -> tuple[int, int]:
+    return int(rng.integers(least, most + 1)), int(rng.integers(least, most + 1))
 
 
 def _voc2012_scenes(counts: tuple[int, int, int], seed: int) -> Iterator[tuple[str, str, Scene]]:
@@ -123,7 +123,8 @@ def _voc2012_scenes(counts: tuple[int, int, int], seed: int) -> Iterator[tuple[s
     for number, part in enumerate(tqdm(parts, desc="sample of VOC2012 and SBD", delay=1, leave=False)):
         # A generator for each image: VOC2012 and SBD are written apart, and both show the same images.
         rng = np.random.default_rng((seed, number))
-        yield part, f"2012_{number:06d}", object_scene(rng, pools[part], _heights(rng), _size(rng))
+        # Smaller than the scenes of VOC2007: a label for every pixel needs finer maps, which take longer.
+        yield part, f"2012_{number:06d}", object_scene(rng, pools[part], _heights(rng, 24, 40), _size(rng, 64, 96))
 
 
 def _class_mask(scene: Scene) -> NDArray[np.uint8]:
