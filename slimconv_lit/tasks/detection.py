@@ -205,10 +205,11 @@ class DetectionTask(BaseTask):
         self._log_scalars("test", self.test_metric)
 
     def _log_scalars(self, stage: str, metric: Metric, prog_bar: bool = False) -> None:
-        # `compute` has put the processes' parts together.
         scalars = {name: value for name, value in metric.compute().items() if isinstance(value, Tensor)}
         for name, value in scalars.items():
-            self.log(f"{stage}/{name}", value.float().to(self.device), prog_bar=prog_bar and name == "map")
+            shown = prog_bar and name == "map"
+            # `compute` has put the processes' parts together, so all have the same; Lightning warns unless told to ask.
+            self.log(f"{stage}/{name}", value.float().to(self.device), prog_bar=shown, sync_dist=True)
         metric.reset()
 
     def predict_step(self, batch: tuple[Images, Sequence[str]], batch_idx: int) -> list[dict[str, Any]]:
