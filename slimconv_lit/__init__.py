@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from slimconv_lit.surgery import PruneReport as PruneReport
     from slimconv_lit.surgery import Report as Report
     from slimconv_lit.surgery import apply_plan as apply_plan
+    from slimconv_lit.surgery import plans_of as plans_of
     from slimconv_lit.surgery import prune as prune
     from slimconv_lit.surgery import slimify as slimify
     from slimconv_lit.surgery import substitute as substitute
@@ -42,6 +43,7 @@ _HOMES = {
     "apply_plan": "surgery",
     "create_backbone": "backbones",
     "load_weights": "backbones",
+    "plans_of": "surgery",
     "prune": "surgery",
     "slimify": "surgery",
     "substitute": "surgery",

@@ -14,6 +14,7 @@ LIGHTNING_VERBS = {
 TOOL_VERBS = {
     "compare": "train a config plain and slim, and put both in one table",
     "sweep": "run a W&B sweep file here, without W&B",
+    "prune": "train with a penalty on the scales, prune, and fine-tune",
     "explain": "draw what a checkpoint's network does with images",
     "models": "list the networks that a config can name",
     "profile": "count parameters and multiply-accumulates of a network, layer by layer",
@@ -67,6 +68,10 @@ def _run(verb: str, argv: list[str]) -> int:
             from slimconv_lit.experiments.sweep import sweep
 
             return sweep(argv)
+        elif verb == "prune":
+            from slimconv_lit.experiments.slimming import slimming
+
+            slimming(argv)
         elif verb == "explain":
             from slimconv_lit.experiments.explain import explain
 

@@ -103,6 +103,13 @@ def checkpoint_config(path: Path) -> Config:
     return config
 
 
+def recipe_of(checkpoint: Path) -> Config:
+    """The configuration of the fit that a checkpoint is from: its own parts, and the rest from its run folder."""
+    carried = checkpoint_config(checkpoint)
+    recipe = checkpoint.parent.parent / "config.yaml"
+    return merge(load_config(recipe), carried) if recipe.is_file() else carried
+
+
 def find_checkpoint(which: str, root: Path, name: str = "*") -> Path:
     """The checkpoint file `which`, or the "last" or "best" one of the newest run that has it.
 
@@ -157,11 +164,9 @@ def compose(verb: str, argv: Sequence[str]) -> list[str]:
     if which:
         checkpoint = find_checkpoint(which, root, name or "*")
         run = checkpoint.parent.parent
-        carried = checkpoint_config(checkpoint)
-        if verb == "fit" and not paths and (run / "config.yaml").is_file():
-            # The trainer's settings are not in the checkpoint; going on means going on with those too.
-            carried = merge(load_config(run / "config.yaml"), carried)
-        config = merge(carried, config)
+        # The trainer's settings are not in the checkpoint; going on means going on with those too.
+        goes_on = verb == "fit" and not paths
+        config = merge(recipe_of(checkpoint) if goes_on else checkpoint_config(checkpoint), config)
         name = name or (run.parent.name if checkpoint.parent.name == "checkpoints" else None)
         rest.append(f"--ckpt_path={checkpoint}")
     elif verb != "fit" and not _starts_from_weights(config, rest):

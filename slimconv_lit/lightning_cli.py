@@ -138,6 +138,15 @@ class SlimCLI(LightningCLI):
                 raise
             hint = "\n(JSONARGPARSE_DEBUG=true shows where it was raised)"
             raise UsageError(explain(str(error).partition("Given value")[0]) + hint) from error
+        if path := self.config[self.verb].get("ckpt_path"):
+            self._take_shape(path)
+
+    def _take_shape(self, path: str) -> None:
+        """Prunes the network as the checkpoint's was: Lightning would do it when callbacks have copied the network."""
+        try:
+            self.model.on_load_checkpoint(_read_checkpoint(path))
+        except ValueError as error:
+            raise UsageError(f"{path}: {error}") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer with the run's folder, loggers and callbacks, besides those that the user asked for."""
@@ -203,7 +212,12 @@ class SlimCLI(LightningCLI):
             print(f"\n{format_table([summary(self.results, self.model.monitor)])}\n")
 
 
-class _Preview(SlimCLI):
+def _read_checkpoint(path: str) -> dict[str, Any]:
+    checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return checkpoint
+
+
+class _Built(SlimCLI):
     """A fit's model and data, built and not run."""
 
     def before_instantiate_classes(self) -> None:
@@ -221,18 +235,26 @@ class _Preview(SlimCLI):
         pass
 
 
-def preview(argv: Sequence[str]) -> dict[str, Any]:
-    """What the network of a `fit` command line is and costs, without weights: network, params and macs.
+def build_fit(argv: Sequence[str]) -> SlimCLI:
+    """Builds what a `fit` command line would train, without weights to start from: `.model` and `.datamodule`.
 
     Raises:
         UsageError: If the command line is wrong or the network cannot be built.
     """
     try:
-        args = compose("fit", [*argv, "--seed_everything=false"])
+        return _Built("fit", compose("fit", [*argv, "--seed_everything=false"]))
     except (FileNotFoundError, ValueError) as error:
         raise UsageError(str(error)) from error
+
+
+def preview(argv: Sequence[str]) -> dict[str, Any]:
+    """What the network of a `fit` command line is and costs, without weights: network, params and macs.
+
+    Raises:
+        UsageError: As `build_fit`.
+    """
     with WithoutWeights():
-        cli = _Preview("fit", args)
+        cli = build_fit(argv)
         network = cli.model.model
         costs = {"params": params(network), "macs": macs(*cli.model.counted(cli.datamodule.input_size))}
     return {"network": describe_network(cli.model.hparams)} | costs
@@ -263,7 +285,7 @@ def open_checkpoint(purpose: str, argv: Sequence[str]) -> SlimCLI:
     cli = _Opened("predict", args, purpose)
     path = cli.config["predict"]["ckpt_path"]
     try:
-        cli.model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["state_dict"])
+        cli.model.load_state_dict(_read_checkpoint(path)["state_dict"])
     except RuntimeError as error:
         raise UsageError(f"{path}: {error}") from error
     # As a running verb would: the task asks the datamodule for class names and for its normalisation.

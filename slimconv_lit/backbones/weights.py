@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from slimconv_lit.ops import Operator
+from slimconv_lit.surgery import Plan, apply_plans
 
 # Where checkpoints keep the state dict, and what wrappers put before its names.
 CONTAINERS = ("state_dict", "model", "model_state_dict", "model_ema")
@@ -68,7 +69,8 @@ def load_weights(
 
     It takes torchvision's and timm's state dicts, Lightning's checkpoints, and the checkpoints that the SlimConv
     authors published. In a network that `substitute` rewrote, the weights of a plain network go into every layer that
-    was left unchanged; the operators and the narrowed layers keep their values, and are listed.
+    was left unchanged; the operators and the narrowed layers keep their values, and are listed. A checkpoint of a
+    pruned network says under "pruned" (`plans_of`) what was pruned; a network that is not pruned yet is shaped first.
 
     Args:
         model: The network to read into.
@@ -84,15 +86,33 @@ def load_weights(
         ValueError: If the file holds no weights or they are another network's. The message gives the first name that
             differs and both shapes; nothing has been loaded then.
     """
-    found = _read(Path(path))
+    found, plans = _read(Path(path))
+    if plans and head:
+        raise ValueError(f"{path}: a pruned classifier's weights do not go into a backbone; prune the whole network")
+    try:
+        take_back = apply_plans(model, plans)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; nothing was loaded") from error
+    try:
+        return _load(model, found, str(path), [exclude] if isinstance(exclude, str) else exclude, head)
+    except BaseException:
+        take_back()
+        raise
+
+
+def _load(
+    model: nn.Module, found: Mapping[str, Tensor], path: str, patterns: Sequence[str], head: Collection[str]
+) -> LoadReport:
     wanted = dict(model.state_dict())
     names = {old: _translate(old, found, wanted) for old in found}
-    patterns = [exclude] if isinstance(exclude, str) else list(exclude)
     # A plain network's file has nothing for operators and narrowed layers; one of a network like this has all.
     from_plain = not any(_inside_operator(model, name) for name in names.values() if name in wanted)
 
+    def excluded(name: str) -> bool:
+        return any(fnmatchcase(name, p) for p in patterns)
+
     def optional(name: str) -> bool:
-        return any(fnmatchcase(name, p) for p in patterns) or (from_plain and _is_new(model, name))
+        return excluded(name) or (from_plain and _is_new(model, name))
 
     take: dict[str, Tensor] = {}
     left_over: list[str] = []
@@ -100,14 +120,14 @@ def load_weights(
     for old, name in names.items():
         theirs = tuple(found[old].shape)
         replaced = _is_new(model, name) and not _inside_operator(model, name)
-        if optional(name) or (name not in wanted and (replaced or name in head)):
+        if name in wanted and wanted[name].shape == found[old].shape and not excluded(name):
+            take[name] = found[old]
+        elif optional(name) or (name not in wanted and (replaced or name in head)):
             left_over.append(old)
         elif name not in wanted:
             problems[name] = f"{old} {theirs} is in the file, and the network has no {name}"
-        elif wanted[name].shape != found[old].shape:
-            problems[name] = f"{name} is {theirs} in the file and {tuple(wanted[name].shape)} in the network"
         else:
-            take[name] = found[old]
+            problems[name] = f"{name} is {theirs} in the file and {tuple(wanted[name].shape)} in the network"
     missing = [name for name in wanted if name not in take]
     for name in missing:
         # Files from before torch 0.4.1 do not have this counter, and with a fixed momentum nothing reads it.
@@ -143,7 +163,7 @@ def load_backbone_weights(
         FileNotFoundError: As `load_weights`.
         ValueError: As `load_weights`.
     """
-    found, wanted = _read(Path(path)), dict(model.state_dict())
+    found, wanted = _read(Path(path))[0], dict(model.state_dict())
     names = {_translate(old, found, wanted) for old in found}
     if any(name.startswith("backbone.") for name in names & wanted.keys()):
         return load_weights(model, path, exclude=exclude)
@@ -151,7 +171,7 @@ def load_backbone_weights(
     return load_weights(maps, path, exclude=exclude, head=classifier.state_dict().keys() - maps.state_dict().keys())
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, list[Plan]]]:
     if not path.is_file():
         raise FileNotFoundError(f"weights: there is no file {str(path)!r}")
     try:
@@ -159,6 +179,9 @@ def _read(path: Path) -> dict[str, Tensor]:
     except Exception as error:
         reason = " ".join(str(error).split())[:160]
         raise ValueError(f"{path}: torch.load(weights_only=True) cannot read it: {reason}") from error
+    plans = content.get("pruned", {}) if isinstance(content, Mapping) else {}
+    if not (isinstance(plans, Mapping) and all(isinstance(value, list) for value in plans.values())):
+        raise ValueError(f'{path}: what it says under "pruned" is not what `plans_of` gives')
     while isinstance(content, Mapping):
         inner = next((content[key] for key in CONTAINERS if isinstance(content.get(key), Mapping)), None)
         if inner is None:
@@ -169,7 +192,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
         raise ValueError(f"{path}: no state dict in it; it holds {', '.join(map(str, list(content)[:6]))}")
-    return tensors
+    return tensors, dict(plans)
 
 
 def _translate(name: str, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:

@@ -152,7 +152,7 @@ def _latencies(runs: Sequence[Run], rounds: int) -> dict[str, tuple[str, str]]:
         checkpoints = [run.path / "checkpoints" / f"{which}.ckpt" for which in ("best", "last")]
         found = next((path for path in checkpoints if path.is_file()), None)
         if found is not None:
-            task, size = _open(found)
+            task, size = open_task(found)
             network, image = task.model.eval(), torch.randn(1, *size)
             passes[run.label] = partial(torch.inference_mode()(network), image)
     if not passes:
@@ -164,7 +164,12 @@ def _latencies(runs: Sequence[Run], rounds: int) -> dict[str, tuple[str, str]]:
     }
 
 
-def _open(checkpoint: Path) -> tuple[BaseTask, tuple[int, ...]]:
+def open_task(checkpoint: Path) -> tuple[BaseTask, tuple[int, ...]]:
+    """The task in a checkpoint, and the size (C, H, W) of its data's images.
+
+    Raises:
+        UsageError: If classes of another package made it.
+    """
     held = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     classes = []
     for part in ("model", "data"):

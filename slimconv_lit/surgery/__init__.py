@@ -1,6 +1,6 @@
 """Rewriting networks on their channel graph: who writes a channel space, who reads it."""
 
-from slimconv_lit.surgery.plan import Plan, apply_plan
+from slimconv_lit.surgery.plan import Plan, apply_plan, apply_plans, plans_of
 from slimconv_lit.surgery.prune import PrunedRow, PruneReport, prunable_norms, prune
 from slimconv_lit.surgery.substitute import Report, Row, Substitution, slimify, substitute
 
@@ -12,6 +12,8 @@ __all__ = [
     "Row",
     "Substitution",
     "apply_plan",
+    "apply_plans",
+    "plans_of",
     "prunable_norms",
     "prune",
     "slimify",

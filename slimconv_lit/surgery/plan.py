@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -52,20 +53,76 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
     Raises:
         ValueError: If the plan is another network's; the message names the layer. `model` is unchanged then.
     """
+    _carry_out(model, plan)
+
+
+def plans_of(model: nn.Module) -> dict[str, list[Plan]]:
+    """All prunings of `model` and of the networks in it that were pruned on their own, by name; its own under "".
+
+    Saved beside the weights under "pruned", they let `load_weights` shape a fresh network before it reads them.
+    """
+    return {
+        name: list(plans) for name, module in model.named_modules() if (plans := getattr(module, "pruning_plans", None))
+    }
+
+
+def apply_plans(model: nn.Module, plans: Mapping[str, Sequence[Plan]]) -> Callable[[], None]:
+    """Does with `model` what `plans_of` says of another; what has been done to it already is not done again.
+
+    Returns:
+        What takes all of it back.
+
+    Raises:
+        ValueError: If `model` has been pruned otherwise, or a plan is another network's. It is unchanged then.
+    """
+    made: list[Edits] = []
+
+    def take_back() -> None:
+        while made:
+            made.pop().take_back()
+
+    try:
+        for name, wanted in plans.items():
+            part = dict(model.named_modules()).get(name)
+            if part is None:
+                raise ValueError(f"the plan is another network's: there is no {name!r} to be pruned")
+            done = getattr(part, "pruning_plans", [])
+            if done != list(wanted[: len(done)]):
+                raise ValueError("the network has been pruned already, and otherwise")
+            made.extend(_carry_out(part, plan) for plan in wanted[len(done) :])
+    except BaseException:
+        take_back()
+        raise
+    return take_back
+
+
+def note_plan(edits: Edits, plan: Plan) -> None:
+    """Writes down on the network what was done with it."""
+    edits.set("", {"pruning_plans": [*getattr(edits.model, "pruning_plans", []), plan]})
+
+
+def _carry_out(model: nn.Module, plan: Plan) -> Edits:
     modules = dict(model.named_modules())
-    for name, sides in plan["kept"].items():
-        for side, numbers in sides.items():
-            width = _width(modules.get(name), side)
-            if width is None or not numbers or max(numbers) >= width:
-                has = "there is no such layer" if name not in modules else f"it has {width}"
-                most = max(numbers, default=-1) + 1
-                raise ValueError(f"the plan is another network's: {name} should have {most} or more channels; {has}")
     edits = Edits(model)
     try:
+        for name, sides in plan["kept"].items():
+            for side, numbers in sides.items():
+                width = _width(modules.get(name), side)
+                if width is None or not numbers or max(numbers) >= width:
+                    has = "there is no such layer" if name not in modules else f"it has {width}"
+                    most = max(numbers, default=-1) + 1
+                    raise ValueError(
+                        f"the plan is another network's: {name} should have {most} or more channels; {has}"
+                    )
         follow_plan(edits, plan)
+        note_plan(edits, plan)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        edits.take_back()
+        raise ValueError(f"this is no plan of a pruning of the network: {error!r}") from error
     except BaseException:
         edits.take_back()
         raise
+    return edits
 
 
 def follow_plan(edits: Edits, plan: Plan) -> None:

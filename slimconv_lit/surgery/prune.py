@@ -26,7 +26,7 @@ from slimconv_lit.surgery.classes import Classes, Streams, class_sizes, find_cla
 from slimconv_lit.surgery.flow import channel_flow
 from slimconv_lit.surgery.graph import ChannelGraph, Labels
 from slimconv_lit.surgery.masks import Flags, difference, first_difference, mask, random_inputs, read_alive, replica
-from slimconv_lit.surgery.plan import Plan, follow_plan, make_plan
+from slimconv_lit.surgery.plan import Plan, follow_plan, make_plan, note_plan
 from slimconv_lit.surgery.resize import Edits
 from slimconv_lit.surgery.substitute import Patterns, as_patterns, one_line
 from slimconv_lit.surgery.trace import Inputs, example_inputs
@@ -66,7 +66,8 @@ class PruneReport:
         pruned: How many scales went.
         scales: How many there were that could go.
         difference: The largest difference between pruned and masked network, relative to the largest output.
-        plan: What `apply_plan` does the same with to a fresh network; plain values.
+        plan: What `apply_plan` does the same with to a fresh network; plain values. The network keeps it too, see
+            `plans_of`.
     """
 
     model: nn.Module = field(repr=False)
@@ -189,6 +190,7 @@ def prune(
         found, widths = _prove(masked, replica(model), inputs, plan)
         plan["operators"] = widths
         follow_plan(edits, {"kept": {}, "selected": {}, "operators": widths})
+        note_plan(edits, plan)
     except BaseException:
         edits.take_back()
         raise

@@ -17,6 +17,7 @@ from torch.optim import lr_scheduler
 
 from slimconv_lit.backbones.weights import load_weights
 from slimconv_lit.ops import OperatorFactory, OperatorLike, describe_operator
+from slimconv_lit.surgery import apply_plans, plans_of
 
 if TYPE_CHECKING:
     OperatorArgument = OperatorLike
@@ -75,7 +76,7 @@ class BaseTask(pl.LightningModule):
         operator: The operator in the place of the spatial convolutions: a class, a partial, a name or plain values.
             None leaves the backbone as it is.
         backbone_options: More arguments of `create_backbone`: {"exclude": "layer1.*"}, {"weights": "DEFAULT"}.
-        weights: A file to start from, as `load_weights` takes it.
+        weights: A file to start from, as `load_weights` takes it; a pruned network's prunes this one.
         weights_exclude: Patterns of tensors that are not taken from it: ["fc.*"] for other classes.
         lr: Learning rate after warm-up.
         momentum: Momentum of SGD.
@@ -179,10 +180,16 @@ class BaseTask(pl.LightningModule):
         return names or [str(number) for number in range(self.hparams["num_classes"])]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Notes the classes, which Lightning leaves out unless its command line built them."""
+        """Notes what was pruned, and the classes, which Lightning leaves out unless its command line built them."""
         parts = {"model": self, "data": getattr(self.trainer, "datamodule", None)}
         classes = {part: type(value) for part, value in parts.items() if value is not None}
         checkpoint["class_paths"] = {part: f"{cls.__module__}.{cls.__qualname__}" for part, cls in classes.items()}
+        if plans := plans_of(self.model):
+            checkpoint["pruned"] = plans
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Prunes the network as that of the checkpoint was, before its weights are read."""
+        apply_plans(self.model, checkpoint.get("pruned", {}))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """What the optimizer is given: groups of parameters, with what differs from `lr` and `weight_decay` in each."""
