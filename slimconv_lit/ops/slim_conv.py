@@ -20,7 +20,6 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from slimconv_lit.ops.base import (
     Operator,
@@ -32,6 +31,7 @@ from slimconv_lit.ops.base import (
     reset_convolutions,
     same_padding,
 )
+from slimconv_lit.ops.reconstruct import can_make_again, convolve_folds, convolve_normed, fold
 
 Arrangement = Literal["flip", "none", "only_flip", "shuffle", "shuffle_3b"]
 
@@ -82,8 +82,18 @@ class ChannelGate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, H, W) to weights (B, C, 1, 1) between 0 and 1."""
-        z = norm_of_pooled(self.norm, self.squeeze(functional.adaptive_avg_pool2d(x, 1)))
+        z = norm_of_pooled(self.norm, self.squeeze(pool(x)))
         return torch.sigmoid(self.excite(self.relu(z)))
+
+
+def pool(x: Tensor) -> Tensor:
+    """The average of each channel: (B, C, H, W) -> (B, C, 1, 1).
+
+    As a sum, whose gradient is not written out to the size of x, and which compilers fuse.
+    """
+    # Half precision would overflow.
+    total = x.sum((2, 3), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    return (total / (x.shape[2] * x.shape[3])).to(x.dtype)
 
 
 class SlimConv2d(Operator):
@@ -192,32 +202,32 @@ class SlimConv2d(Operator):
 
     def reconstruct(self, x: Tensor) -> list[Tensor]:
         """The folded maps (B, T, H, W) that the paths read: top, bottom and, with a third branch, its own."""
-        w = self.gate(x)
-        reversed_w = w.flip(1)
-        if self.arrangement == "none":
-            return [self._fold(x, w)] * 2
-        if self.arrangement == "only_flip":
-            return [self._fold(x, reversed_w)] * 2
-        if self.arrangement == "flip":
-            return [self._fold(x, w), self._fold(x, reversed_w)]
-        shuffled = self._fold(x, w.index_select(1, self.order))
-        if self.third is None:
-            return [self._fold(x, w), shuffled]
-        return [self._fold(x, w), self._fold(x, reversed_w), shuffled]
+        if self.arrangement in ("none", "only_flip"):
+            return [fold(x, self._weights(x)[0], self.folds)] * 2
+        return [fold(x, w, self.folds) for w in self._weights(x)]
 
-    def _fold(self, x: Tensor, w: Tensor) -> Tensor:
-        """Sums the N folds of w * x: (B, C, H, W) -> (B, T, H, W)."""
-        width = x.shape[1] // self.folds
-        folded = x[:, :width] * w[:, :width]
-        for start in range(width, width * self.folds, width):
-            # One pass over each fold, instead of writing w * x out and reading it again.
-            folded = torch.addcmul(folded, x[:, start : start + width], w[:, start : start + width])
-        return folded
+    def _weights(self, x: Tensor) -> list[Tensor]:
+        """The weights (B, C, 1, 1) that x is folded with for each path."""
+        w = self.gate(x)
+        if self.arrangement == "none":
+            return [w, w]
+        if self.arrangement == "flip":
+            return [w, w.flip(1)]
+        if self.arrangement == "only_flip":
+            return [w.flip(1)] * 2
+        shuffled = w.index_select(1, self.order)
+        return [w, shuffled] if self.third is None else [w, w.flip(1), shuffled]
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, H, W) to (B, out_channels, H', W')."""
         paths = [self.top, self.bottom] if self.third is None else [self.top, self.bottom, self.third]
-        return torch.cat([path(folded) for path, folded in zip(paths, self.reconstruct(x), strict=True)], dim=1)
+        if not can_make_again(x, *(module for path in paths for module in path.modules())):
+            return torch.cat([path(folded) for path, folded in zip(paths, self.reconstruct(x), strict=True)], dim=1)
+        top, *low = convolve_folds(x, self._weights(x), self.folds, [path[0] for path in paths])
+        maps = [self.top[1](top)]
+        for (_, norm, _, spatial, last), written in zip(paths[1:], low, strict=True):
+            maps.append(last(convolve_normed(written, norm, spatial)))
+        return torch.cat(maps, dim=1)
 
     def extra_repr(self) -> str:
         """What the printed module shows besides its children."""

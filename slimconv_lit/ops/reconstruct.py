@@ -1,0 +1,223 @@
+"""Reconstruct, and what of a path need not be kept for the backward pass.
+
+    B batch   C channels   H W space   N folds   T = C // N   P paths
+
+Autograd keeps what every layer reads. Two of SlimConv's layers read what is quickly made again: a folded map comes of
+x, which whoever wrote it has kept already, and of the weights, which are small; a normed and rectified map comes of
+the map before the norm. Both are made again here, and weighted copies of x are never made. The gradient of x is
+written once, for all paths.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+Geometry: TypeAlias = tuple[Any, Any, Any, int]
+"""Stride, padding, dilation and groups of a convolution."""
+
+
+def fold(x: Tensor, w: Tensor, folds: int) -> Tensor:
+    """Sums the N folds of w * x: (B, C, H, W) and (B, C, 1, 1) -> (B, T, H, W); channels behind N * T are left out."""
+    width = x.shape[1] // folds
+    folded = x[:, :width] * w[:, :width]
+    # The channel graph is read from the form that changes nothing in place.
+    add_product = torch.Tensor.addcmul if x.is_meta else torch.Tensor.addcmul_
+    for start in range(width, width * folds, width):
+        # One pass over each fold, instead of writing w * x out and reading it again.
+        folded = add_product(folded, x[:, start : start + width], w[:, start : start + width])
+    return folded
+
+
+def can_make_again(x: Tensor, *modules: nn.Module) -> bool:
+    """Whether what is below saves memory, and nobody notices that the modules are not called one by one.
+
+    Not so where no gradient is wanted, where something watches the modules (hooks, the channel graph, a tracer) or has
+    changed what they do, and under `torch.compile` and `torch.export`, which plan what is kept by themselves.
+    """
+    if not torch.is_grad_enabled() or x.is_meta or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return not nn.modules.module._has_any_global_hook() and all(_is_plain(module) for module in modules)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    hooks = (*(module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks),)
+    known = type(module) in (nn.Sequential, nn.Conv2d, nn.BatchNorm2d, nn.ReLU)
+    with_bias = isinstance(module, nn.Conv2d) and module.bias is not None
+    return known and not with_bias and not any(hooks) and "forward" not in vars(module)
+
+
+def convolve_folds(x: Tensor, weights: Sequence[Tensor], folds: int, convs: Sequence[nn.Conv2d]) -> list[Tensor]:
+    """`conv(fold(x, w, folds))` for every path, of which x, the weights and the kernels are kept for backward.
+
+    Args:
+        x: (B, C, H, W).
+        weights: (B, C, 1, 1) for each of the P paths.
+        folds: N.
+        convs: The paths' convolutions, from T channels to any width, without biases.
+
+    Returns:
+        What each convolution writes.
+    """
+    kernels = [_kernel(conv, x) for conv in convs]
+    return list(_ConvolvedFolds.apply(x, folds, [_geometry(conv) for conv in convs], *weights, *kernels))
+
+
+def convolve_normed(x: Tensor, norm: nn.BatchNorm2d, conv: nn.Conv2d) -> Tensor:
+    """`conv(relu(norm(x)))`, of which x and the parameters are kept for backward.
+
+    Args:
+        x: (B, C, H, W).
+        norm: Of C channels; in training it normalises with the batch and keeps account of its statistics.
+        conv: From C channels to any width, without bias.
+    """
+    by_batch = norm.training or norm.running_mean is None
+    statistics = () if by_batch else (norm.running_mean, norm.running_var)
+
+    def first(x: Tensor, *_: Tensor | None) -> Tensor:
+        # Only the first time counts for the running statistics.
+        return functional.relu_(norm(x))
+
+    def again(x: Tensor, scale: Tensor | None, shift: Tensor | None, *statistics: Tensor) -> Tensor:
+        mean, variance = statistics or (None, None)
+        return functional.relu_(functional.batch_norm(x, mean, variance, scale, shift, by_batch, eps=norm.eps))
+
+    tensors = (x, norm.weight, norm.bias, *statistics)
+    normed: Tensor = _Convolved.apply(first, again, _geometry(conv), _kernel(conv, x), *tensors)
+    return normed
+
+
+def _geometry(conv: nn.Conv2d) -> Geometry:
+    return conv.stride, conv.padding, conv.dilation, conv.groups
+
+
+def _kernel(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    # Autocast decides here: inside an autograd function it would cast without a way back to the parameter.
+    device = x.device.type
+    lower = torch.is_autocast_enabled(device) and conv.weight.dtype != torch.float64
+    return conv.weight.to(torch.get_autocast_dtype(device)) if lower else conv.weight
+
+
+def _convolve(x: Tensor, kernel: Tensor, geometry: Geometry) -> Tensor:
+    return functional.conv2d(x.to(kernel.dtype), kernel, None, *geometry)
+
+
+def _convolve_backward(
+    grad: Tensor, x: Tensor, kernel: Tensor, geometry: Geometry, needed: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    stride, padding, dilation, groups = geometry
+    of_x, of_kernel, _ = torch.ops.aten.convolution_backward(
+        *(grad, x.to(kernel.dtype), kernel, None, stride, padding, dilation, False, (0, 0), groups, (*needed, False))
+    )
+    return of_x, of_kernel
+
+
+def _backward_for_more(
+    function: Callable[..., Sequence[Tensor]],
+    inputs: Sequence[Tensor | None],
+    grads: Sequence[Tensor],
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of `inputs` that can be differentiated once more: by autograd, with all that it keeps."""
+    # A tensor that comes in twice has two gradients.
+    own = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
+    wanted = [tensor for tensor, need in zip(own, needed, strict=True) if need and tensor is not None]
+    found = iter(torch.autograd.grad(function(*own), wanted, grads, create_graph=True))
+    return [next(found) if need else None for need in needed]
+
+
+class _ConvolvedFolds(torch.autograd.Function):
+    """See `convolve_folds`."""
+
+    @staticmethod
+    def forward(x: Tensor, folds: int, geometries: list[Geometry], *tensors: Tensor) -> tuple[Tensor, ...]:
+        paths = len(geometries)
+        every = zip(tensors[:paths], tensors[paths:], geometries, strict=True)
+        return tuple(_convolve(fold(x, w, folds), kernel, geometry) for w, kernel, geometry in every)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, ctx.folds, ctx.geometries, *tensors = inputs
+        ctx.save_for_backward(x, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        x, *tensors = ctx.saved_tensors
+        folds, geometries, paths = ctx.folds, ctx.geometries, len(ctx.geometries)
+        x_needed, _, _, *needed = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+
+            def function(x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+                return _ConvolvedFolds.forward(x, folds, geometries, *tensors)
+
+            of_x, *rest = _backward_for_more(function, (x, *tensors), grads, (x_needed, *needed))
+            return of_x, None, None, *rest
+
+        width = x.shape[1] // folds
+        parts = [slice(start, start + width) for start in range(0, width * folds, width)]
+        of_x = torch.empty_like(x) if x_needed else None
+        of_tensors: list[Tensor | None] = [None] * len(tensors)
+        for i, (grad, geometry) in enumerate(zip(grads, geometries, strict=True)):
+            w, kernel, w_needed = tensors[i], tensors[paths + i], needed[i]
+            folded = fold(x, w, folds)
+            of_folded, of_tensors[paths + i] = _convolve_backward(
+                grad, folded, kernel, geometry, (x_needed or w_needed, needed[paths + i])
+            )
+            if of_x is not None:
+                for part in parts:
+                    if i == 0:
+                        torch.mul(of_folded, w[:, part], out=of_x[:, part])
+                    else:
+                        of_x[:, part].addcmul_(of_folded, w[:, part])
+            if w_needed:
+                sums = [torch.mul(x[:, part], of_folded, out=folded).sum((2, 3), keepdim=True) for part in parts]
+                of_w = torch.cat(sums, dim=1)
+                of_tensors[i] = functional.pad(of_w, (0, 0, 0, 0, 0, w.shape[1] - of_w.shape[1]))
+        if of_x is not None:
+            of_x[:, width * folds :] = 0
+        return of_x, None, None, *of_tensors
+
+
+class _Convolved(torch.autograd.Function):
+    """The convolution of what `first` makes of tensors, and in the backward pass `again`."""
+
+    @staticmethod
+    def forward(
+        first: Callable[..., Tensor],
+        again: Callable[..., Tensor],
+        geometry: Geometry,
+        kernel: Tensor,
+        *tensors: Tensor | None,
+    ) -> Tensor:
+        return _convolve(first(*tensors), kernel, geometry)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.again, ctx.geometry, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        kernel, *tensors = ctx.saved_tensors
+        kernel_needed, *needed = ctx.needs_input_grad[3:]
+        if torch.is_grad_enabled():
+
+            def function(kernel: Tensor, *tensors: Tensor) -> tuple[Tensor]:
+                return (_convolve(ctx.again(*tensors), kernel, ctx.geometry),)
+
+            return (
+                None,
+                None,
+                None,
+                *_backward_for_more(function, (kernel, *tensors), (grad,), (kernel_needed, *needed)),
+            )
+
+        with torch.enable_grad():
+            own = [None if t is None else t.detach().requires_grad_(n) for t, n in zip(tensors, needed, strict=True)]
+            made = ctx.again(*own)
+        of_made, of_kernel = _convolve_backward(grad, made.detach(), kernel, ctx.geometry, (any(needed), kernel_needed))
+        wanted = [tensor for tensor, need in zip(own, needed, strict=True) if need]
+        found = iter(torch.autograd.grad(made, wanted, of_made) if wanted else ())
+        return None, None, None, of_kernel, *(next(found) if need else None for need in needed)
