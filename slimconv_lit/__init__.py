@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from slimconv_lit.data import VOC2007DataModule as VOC2007DataModule
     from slimconv_lit.data import VOC2012AugDataModule as VOC2012AugDataModule
     from slimconv_lit.ops import SlimConv2d as SlimConv2d
+    from slimconv_lit.surgery import FuseReport as FuseReport
     from slimconv_lit.surgery import PruneReport as PruneReport
     from slimconv_lit.surgery import Report as Report
     from slimconv_lit.surgery import apply_plan as apply_plan
     from slimconv_lit.surgery import plans_of as plans_of
+    from slimconv_lit.surgery import fuse as fuse
     from slimconv_lit.surgery import prune as prune
     from slimconv_lit.surgery import slimify as slimify
     from slimconv_lit.surgery import substitute as substitute
@@ -33,6 +35,7 @@ _HOMES = {
     "ClassificationTask": "tasks",
     "DetectionTask": "tasks",
     "DigitsDataModule": "data",
+    "FuseReport": "surgery",
     "ImageNetDataModule": "data",
     "PruneReport": "surgery",
     "Report": "surgery",
@@ -42,6 +45,7 @@ _HOMES = {
     "VOC2012AugDataModule": "data",
     "apply_plan": "surgery",
     "create_backbone": "backbones",
+    "fuse": "surgery",
     "load_weights": "backbones",
     "plans_of": "surgery",
     "prune": "surgery",

@@ -219,5 +219,5 @@ class _Convolved(torch.autograd.Function):
             made = ctx.again(*own)
         of_made, of_kernel = _convolve_backward(grad, made.detach(), kernel, ctx.geometry, (any(needed), kernel_needed))
         wanted = [tensor for tensor, need in zip(own, needed, strict=True) if need]
-        found = iter(torch.autograd.grad(made, wanted, of_made) if wanted else ())
-        return None, None, None, of_kernel, *(next(found) if need else None for need in needed)
+        of_wanted = iter(torch.autograd.grad(made, wanted, of_made) if wanted else ())
+        return None, None, None, of_kernel, *(next(of_wanted) if need else None for need in needed)

@@ -96,6 +96,26 @@ def pool(x: Tensor) -> Tensor:
     return (total / (x.shape[2] * x.shape[3])).to(x.dtype)
 
 
+class LinearGate(nn.Module):
+    """What a `ChannelGate` is once its norm is folded into its squeeze: linear layers on the pooled vector.
+
+    Args:
+        squeeze: C -> R.
+        excite: R -> C.
+    """
+
+    def __init__(self, squeeze: nn.Linear, excite: nn.Linear) -> None:
+        super().__init__()
+        self.squeeze = squeeze
+        self.relu = nn.ReLU(inplace=True)
+        self.excite = excite
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, C, H, W) to weights (B, C, 1, 1) between 0 and 1."""
+        z = self.relu(self.squeeze(pool(x).flatten(1)))
+        return torch.sigmoid(self.excite(z))[..., None, None]
+
+
 class SlimConv2d(Operator):
     """SlimConv in the place of a spatial convolution and its norm (paper, Section III; Fig. 1 and Fig. 3).
 

@@ -1,0 +1,345 @@
+"""Fusing for inference: batch norms go into the convolutions in front of them, and gates become linear layers.
+
+A batch norm in evaluation mode is one scale and one shift a channel, which the convolution or linear layer that writes
+those channels can bring along, provided that nobody else reads them. Who reads what is watched in one pass over random
+images; a second pass proves that the network computes what it did, or everything is taken back.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from math import isnan
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter, tree_map
+from torchvision.ops import FrozenBatchNorm2d
+
+from slimconv_lit.ops.slim_conv import ChannelGate, LinearGate
+from slimconv_lit.surgery.masks import difference, random_inputs
+from slimconv_lit.surgery.prune import SIZES
+from slimconv_lit.surgery.resize import Edits, host_forward, without_norm
+from slimconv_lit.surgery.substitute import one_line, shared_layers
+from slimconv_lit.surgery.trace import NORMS, Inputs, example_inputs
+from slimconv_lit.tables import format_table
+
+# How far the outputs may be apart, relative to the largest, in roundings of their type: 1e-5 in float32.
+TOLERANCE = 84
+
+_WRITERS = (nn.Conv2d, nn.Linear)
+_PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
+
+
+@dataclass(frozen=True)
+class FusedRow:
+    """What became of one batch norm or gate.
+
+    Attributes:
+        layer: Its name in the network.
+        into: The layer that computes it now; for a gate, what it is now. Empty where it was left.
+        why: Why it was left.
+    """
+
+    layer: str
+    into: str
+    why: str
+
+
+@dataclass(frozen=True)
+class FuseReport:
+    """What `fuse` did; prints as a table.
+
+    Attributes:
+        model: The network that was fused, in place.
+        rows: One for every batch norm, and for every gate of a SlimConv.
+        difference: The largest difference to the original network, relative to the largest output.
+    """
+
+    model: nn.Module = field(repr=False)
+    rows: tuple[FusedRow, ...]
+    difference: float
+
+    @property
+    def left(self) -> dict[str, str]:
+        """Names of what was left as it is, and why."""
+        return {row.layer: row.why for row in self.rows if not row.into}
+
+    def __str__(self) -> str:
+        rows = [{"layer": r.layer, "into": r.into or "-", "why": r.why} for r in self.rows]
+        head = f"{len(self.rows) - len(self.left)} of {len(self.rows)} batch norms and gates fused"
+        return "\n".join([format_table(rows)] * bool(rows) + [f"{head}; outputs differ by {self.difference:.1e}"])
+
+
+def fuse(model: nn.Module, example_input: Any = None) -> FuseReport:
+    """Folds the batch norms of `model` into the layers that precede them, in place, for inference.
+
+    A norm is folded if it reads what one convolution or linear layer writes, and nobody else reads that; norms inside
+    operators too. SlimConv's gates become linear layers on the pooled vector. The rest stays as it is, each norm with
+    the reason in the report. The network has other parameters afterwards and is not for training.
+
+    Before it returns, `fuse` shows on random images that the network computes what it did, to 1e-5 of the largest
+    output in float32 (84 roundings, in other types too). If anything fails, `model` is exactly as it was.
+
+    Args:
+        model: Any network, in evaluation mode. A detector selects boxes by thresholds, where the last digit may decide:
+            fuse its parts (`fuse(detector.backbone)`).
+        example_input: A tensor, a tuple of positional or a dict of keyword arguments of the forward pass; only shapes
+            and dtypes matter. By default images of common sizes are tried, small ones first.
+
+    Returns:
+        The report; it prints as a table.
+
+    Raises:
+        ValueError: If `model` is in training mode or does not run, or the proof fails; the message names the first
+            layer that differs.
+    """
+    if model.training:
+        raise ValueError("the network is in training mode, where norms follow the batch; call model.eval() first")
+    inputs, reads = _watch(model, example_input)
+    shared = shared_layers(model)
+    into: dict[str, str] = {}
+    rows: dict[str, FusedRow] = {}
+    for name, norm in model.named_modules():
+        if isinstance(norm, (_BatchNorm, FrozenBatchNorm2d)):
+            why = _why_not(model, name, norm, reads, shared)
+            if not why:
+                into[name] = reads.source[name]
+            rows[name] = FusedRow(name, into.get(name, ""), why)
+
+    original = copy.deepcopy(model)
+    edits = Edits(model)
+    try:
+        for name, layer in into.items():
+            _fold(edits, name, layer)
+        for name, gate in list(model.named_modules()):
+            if isinstance(gate, ChannelGate):
+                why = _straighten(edits, name, gate, shared)
+                rows[name] = FusedRow(name, "" if why else "two linear layers", why)
+        found = _prove(original, model, inputs, into)
+    except BaseException:
+        edits.take_back()
+        raise
+    return FuseReport(model, tuple(rows.values()), found)
+
+
+# ---- watching ------------------------------------------------------------------------------------------------------
+
+
+class _Readers(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes in a forward pass who reads what convolutions and linear layers write.
+
+    Attributes:
+        source: For each norm, the layer whose output it reads, where it reads one as it was written.
+        by: For each layer, everything that reads its output.
+        calls: How often a layer or norm ran.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.source: dict[str, str] = {}
+        self.by: dict[str, set[str]] = {}
+        self.calls: Counter[str] = Counter()
+        # By identity, so no tensor may be freed and its id reused.
+        self.written: dict[int, tuple[str, Tensor]] = {}
+        self.inside = 0
+
+    def read(self, values: Any, reader: str) -> None:
+        for value in tree_iter(values):
+            if id(value) in self.written:
+                self.by[self.written[id(value)][0]].add(reader)
+
+    def before(self, name: str, layer: nn.Module, args: Any) -> None:
+        self.read(args, name)
+        self.calls[name] += 1
+        self.inside += 1
+        if isinstance(layer, NORMS) and args and id(args[0]) in self.written:
+            self.source[name] = self.written[id(args[0])][0]
+
+    def after(self, name: str, layer: nn.Module, output: Any) -> None:
+        self.inside -= 1
+        # A norm's channels are on axis 1; a linear layer writes on the last.
+        if isinstance(layer, _WRITERS) and output.ndim == (4 if isinstance(layer, nn.Conv2d) else 2):
+            self.written[id(output)] = (name, output)
+            self.by.setdefault(name, set())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self.inside:
+            self.read((args, kwargs), func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def _watch(model: nn.Module, example_input: Any) -> tuple[Inputs, _Readers]:
+    first: Exception | None = None
+    for shapes in example_inputs(model, example_input, SIZES):
+        inputs = _of_the_same_type(shapes, random_inputs(model, shapes))
+        readers = _Readers()
+        try:
+            with _hooked(model, readers.before, readers.after), torch.no_grad(), readers:
+                output = model(*inputs[0], **inputs[1])
+        except Exception as error:
+            first = first or error
+            continue
+        readers.read(output, "the network's output")
+        return inputs, readers
+    assert first is not None
+    raise ValueError(f"the network does not run: {one_line(first)}; give an example_input") from first
+
+
+def _of_the_same_type(shapes: Inputs, drawn: Inputs) -> Inputs:
+    """Half precision networks read half precision."""
+    cast: Inputs = tree_map(lambda a, b: b.to(a.dtype) if isinstance(a, Tensor) else b, shapes, drawn)
+    return cast
+
+
+@contextmanager
+def _hooked(model: nn.Module, before: Callable[..., None], after: Callable[..., None]) -> Iterator[None]:
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, (*_WRITERS, *NORMS))]
+    handles = [m.register_forward_pre_hook(lambda m, args, name=n: before(name, m, args)) for n, m in layers]
+    handles += [m.register_forward_hook(lambda m, args, out, name=n: after(name, m, out)) for n, m in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# ---- deciding ------------------------------------------------------------------------------------------------------
+
+
+def _why_not(model: nn.Module, name: str, norm: nn.Module, reads: _Readers, shared: set[str]) -> str:
+    """Why a norm cannot be folded; "" if it can."""
+    if name not in reads.calls:
+        return "never ran on random images"
+    if name not in reads.source:
+        return "what it reads is not what one convolution or linear layer writes"
+    layer = reads.source[name]
+    for each in (layer, name):
+        if reads.calls[each] > 1 or each in shared:
+            return f"{each} is used more than once"
+        if _has_hooks(model.get_submodule(each)):
+            return f"{each} carries hooks, which would see something else"
+    if others := reads.by[layer] - {name}:
+        return f"what {layer} writes goes into {sorted(others)[0]} too"
+    if problem := host_forward(model.get_submodule(layer)):
+        return f"{layer}: {problem}"
+    if _behind(norm) is None:
+        return f"a {type(norm).__name__} may compute more than a batch norm"
+    if norm.training or norm.running_mean is None:
+        return "it normalises with the batch, in evaluation too"
+    return ""
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+
+def _behind(norm: nn.Module) -> nn.Module | None:
+    """What is left where a norm was; None where that cannot be told."""
+    if type(norm) in _PLAIN:
+        return nn.Identity()
+    # timm's norms carry the dropout and the activation behind them.
+    return without_norm(norm) if hasattr(norm, "act") else None
+
+
+# ---- doing ---------------------------------------------------------------------------------------------------------
+
+
+def _fold(edits: Edits, name: str, layer_name: str) -> None:
+    norm, layer = edits.model.get_submodule(name), edits.model.get_submodule(layer_name)
+    fold = fuse_conv_bn_weights if isinstance(layer, nn.Conv2d) else fuse_linear_bn_weights
+    weight, bias = layer.get_parameter("weight"), layer.bias
+    # In float64, so that the one rounding left is that of the result.
+    tensors = (weight, bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+    parts = fold(*(t.detach().double() if isinstance(t, Tensor) else t for t in tensors))  # type: ignore[arg-type]
+    new = [nn.Parameter(part.detach().to(weight.dtype), weight.requires_grad) for part in parts]
+    edits.set(layer_name, {"weight": new[0], "bias": new[1]})
+    rest = _behind(norm)
+    assert rest is not None
+    edits.replace(name, rest.train(norm.training))
+
+
+def _straighten(edits: Edits, name: str, gate: ChannelGate, shared: set[str]) -> str:
+    """Puts linear layers in a gate's place, or says why not."""
+    if not isinstance(gate.norm, nn.Identity):
+        return "its norm stays"
+    for part in (gate.squeeze, gate.excite):
+        if host_forward(part) or _has_hooks(part):
+            return "its layers carry hooks or compute more than a convolution"
+    if _has_hooks(gate) or shared & {name, f"{name}.squeeze", f"{name}.excite"}:
+        return "it is used more than once, or carries hooks"
+    edits.replace(name, LinearGate(_linear(gate.squeeze), _linear(gate.excite)).train(gate.training))
+    return ""
+
+
+def _linear(conv: nn.Conv2d) -> nn.Linear:
+    """The linear layer that does to a vector what a 1x1 convolution does to a map of one pixel."""
+    layer = nn.Linear(conv.in_channels, conv.out_channels, device="meta")
+    layer.weight = nn.Parameter(conv.weight.detach().flatten(1).contiguous(), conv.weight.requires_grad)
+    layer.bias = conv.bias  # type: ignore[assignment]
+    return layer
+
+
+# ---- proving -------------------------------------------------------------------------------------------------------
+
+
+def _prove(original: nn.Module, fused: nn.Module, inputs: Inputs, into: Mapping[str, str]) -> float:
+    """How far the outputs are apart.
+
+    Raises:
+        ValueError: If that is too far; the message names the first layer that differs.
+    """
+    tolerance = TOLERANCE * torch.finfo(_type_of(fused)).eps
+    try:
+        found, problem = difference(original, fused, inputs), ""
+    except Exception as error:
+        found, problem = float("inf"), f" ({one_line(error)})"
+    if isnan(found):
+        raise ValueError("the network's output on random images is not finite, so that fusing cannot be proved right")
+    if found > tolerance:
+        layer = _first_difference(original, fused, inputs, into, tolerance)
+        raise ValueError(
+            f"the fused network does not compute what the network did (they differ by {found:.1e}{problem}); "
+            f"the first layer that differs is {layer}. Nothing was changed"
+        )
+    return found
+
+
+def _type_of(model: nn.Module) -> torch.dtype:
+    kinds = [p.dtype for p in model.parameters() if p.is_floating_point()]
+    return max(kinds, key=lambda kind: torch.finfo(kind).eps, default=torch.float32)
+
+
+def _first_difference(
+    original: nn.Module, fused: nn.Module, inputs: Inputs, into: Mapping[str, str], tolerance: float
+) -> str:
+    wanted, found = _written(original, inputs), _written(fused, inputs)
+    folded = set(into.values())
+    for name, there in wanted.items():
+        # A layer writes now what its norm wrote; where an activation is part of the norm, the next layer tells.
+        if name in folded or hasattr(original.get_submodule(name), "act"):
+            continue
+        here = found.get(into.get(name, name))
+        here = None if here is None else here.reshape(there.shape) if here.numel() == there.numel() else None
+        if here is None or not (here - there).abs().max() <= tolerance * there.abs().max():
+            return name
+    return "no single layer"
+
+
+def _written(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
+    """What each layer writes, as far as the network runs."""
+    seen: dict[str, Tensor] = {}
+
+    def note(name: str, layer: nn.Module, output: Tensor) -> None:
+        seen.setdefault(name, output.clone())
+
+    with suppress(Exception), torch.no_grad(), _hooked(model, lambda *_: None, note):
+        model(*inputs[0], **inputs[1])
+    return seen
