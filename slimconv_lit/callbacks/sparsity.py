@@ -1,7 +1,6 @@
 """Sparsity training of Network Slimming (Liu et al., ICCV 2017): an L1 penalty on the scales of batch norms."""
 
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 
 import pytorch_lightning as pl
 import torch
@@ -9,31 +8,10 @@ from matplotlib.figure import Figure
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from slimconv_lit.callbacks.run_folder import pictures_of
 from slimconv_lit.callbacks.visualize import save_figure
-from slimconv_lit.ops.slim_conv import ChannelGate
-
-
-def scale_norms(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, nn.Module]:
-    """The batch norms whose scales say what a channel is worth, by name: all that have scales, but those of gates.
-
-    A gate's norm is a few channels wide and scales no feature map.
-
-    Args:
-        model: Any network.
-        exclude: Name patterns (`fnmatch`) of norms to leave out as well.
-    """
-    gates = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, ChannelGate))
-    return {
-        name: m
-        for name, m in model.named_modules()
-        if isinstance(m, _BatchNorm)
-        and m.affine
-        and not name.startswith(gates)
-        and not any(fnmatchcase(name, pattern) for pattern in exclude)
-    }
+from slimconv_lit.surgery import prunable_norms
 
 
 class Sparsity(Callback):
@@ -80,9 +58,9 @@ class Sparsity(Callback):
             ValueError: If the network has no batch norm, or a pattern leaves none.
         """
         # As in a checkpoint of the network itself, patterns do not begin with the task's "model.".
-        norms = scale_norms(getattr(pl_module, "model", pl_module), self.exclude)
+        norms = prunable_norms(getattr(pl_module, "model", pl_module), exclude=self.exclude)
         if not norms:
-            raise ValueError("Sparsity: the network has no batch norm with scales, apart from those that are excluded")
+            raise ValueError(f"Sparsity: exclude={list(self.exclude)} leaves no batch norm of the network")
         self._scales = [norm.weight for norm in norms.values()]  # type: ignore[misc]
         if self.initial_scale is not None and not trainer.ckpt_path:
             with torch.no_grad():

@@ -6,8 +6,9 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from slimconv_lit import ClassificationTask
-from slimconv_lit.callbacks.sparsity import Sparsity, draw_scales, scale_norms
+from slimconv_lit.callbacks.sparsity import Sparsity, draw_scales
 from slimconv_lit.cli import main
+from slimconv_lit.surgery import prunable_norms
 
 NETWORK = {"backbone": "cifar_resnet20", "num_classes": 3, "schedule": "constant", "momentum": 0.0, "weight_decay": 0.0}
 
@@ -44,7 +45,7 @@ def test_the_penalty_moves_every_scale_by_its_subgradient(settings, steps, tmp_p
     torch.manual_seed(0)
     module = Zero(**NETWORK, lr=0.5)
     fit(module, Sparsity(strength=0.01), default_root_dir=tmp_path, **settings)
-    for norm in scale_norms(module.model).values():
+    for norm in prunable_norms(module.model).values():
         torch.testing.assert_close(norm.weight.detach(), torch.full_like(norm.weight, 0.5 - steps * 0.5 * 0.01))
 
 
@@ -53,7 +54,7 @@ def test_it_is_the_penalty_of_the_loss(tmp_path):
 
     class Penalised(ClassificationTask):
         def training_step(self, batch, batch_idx):
-            penalty = sum(norm.weight.abs().sum() for norm in scale_norms(self.model).values())
+            penalty = sum(norm.weight.abs().sum() for norm in prunable_norms(self.model).values())
             return super().training_step(batch, batch_idx) + 0.01 * penalty
 
     states = []
@@ -68,10 +69,10 @@ def test_it_is_the_penalty_of_the_loss(tmp_path):
 
 def test_gates_and_patterns_are_left_out():
     network = task(operator="SlimConv2d").model
-    names = set(scale_norms(network))
+    names = set(prunable_norms(network))
     assert not any("gate" in name for name in names)
     assert {"bn1", "layer1.0.conv1.top.1"} <= names
-    assert set(scale_norms(network, ["layer*"])) == {"bn1"}
+    assert set(prunable_norms(network, exclude="layer*")) == {"bn1"}
 
 
 def test_a_ramp_and_a_network_that_has_been_trained(tmp_path):
@@ -86,7 +87,7 @@ def test_a_ramp_and_a_network_that_has_been_trained(tmp_path):
 def test_mistakes(tmp_path):
     with pytest.raises(ValueError, match="strength=-1 must not be negative"):
         Sparsity(strength=-1)
-    with pytest.raises(ValueError, match="no batch norm with scales"):
+    with pytest.raises(ValueError, match="leaves no batch norm"):
         fit(task(), Sparsity(exclude=["*"]), default_root_dir=tmp_path)
 
 
