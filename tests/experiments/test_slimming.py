@@ -10,6 +10,7 @@ import yaml
 from slimconv_lit import ClassificationTask, create_backbone, load_weights, plans_of, prune
 from slimconv_lit.cli import main
 from slimconv_lit.experiments import slimming
+from slimconv_lit.surgery import prunable_norms
 
 SHORT = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.accelerator=cpu"]
 QUIET = ["--trainer.enable_progress_bar=false", "--logger=csv"]
@@ -189,3 +190,14 @@ def test_mistakes_are_known_before_anything_is_trained(words, problem, tmp_path,
     assert main(["prune", *words]) == 2
     assert problem in capsys.readouterr().err
     assert not list(tmp_path.glob("runs/*/*"))
+
+
+@pytest.mark.parametrize("path", sorted((slimming.CONFIGS / "pruning").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert path.read_text().startswith(f"# python -m slimconv_lit prune --config {path.name}\n")
+    recipe = slimming.load_config(slimming._find(path.name))
+    options = slimming._options(recipe.pop("prune"), slimming._parser().parse_args([]))
+    (tmp_path / "fit.yaml").write_text(yaml.safe_dump(recipe))
+    cli = slimming.build_fit(["--config=fit.yaml"])
+    assert len(prunable_norms(cli.model.model, exclude=options.exclude)) > 10
