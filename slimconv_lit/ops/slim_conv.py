@@ -31,7 +31,7 @@ from slimconv_lit.ops.base import (
     reset_convolutions,
     same_padding,
 )
-from slimconv_lit.ops.reconstruct import can_make_again, convolve_folds, convolve_normed, fold
+from slimconv_lit.ops.reconstruct import can_make_again, convolve_folds, convolve_normed, fold, join
 
 Arrangement = Literal["flip", "none", "only_flip", "shuffle", "shuffle_3b"]
 
@@ -247,7 +247,7 @@ class SlimConv2d(Operator):
         maps = [self.top[1](top)]
         for (_, norm, _, spatial, last), written in zip(paths[1:], low, strict=True):
             maps.append(last(convolve_normed(written, norm, spatial)))
-        return torch.cat(maps, dim=1)
+        return join(maps)
 
     def extra_repr(self) -> str:
         """What the printed module shows besides its children."""

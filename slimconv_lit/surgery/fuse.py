@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from math import isnan
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -24,7 +25,7 @@ from torch.utils._pytree import tree_iter, tree_map
 from torchvision.ops import FrozenBatchNorm2d
 
 from slimconv_lit.ops.slim_conv import ChannelGate, LinearGate
-from slimconv_lit.surgery.masks import difference, random_inputs
+from slimconv_lit.surgery.masks import _apart, random_inputs
 from slimconv_lit.surgery.prune import SIZES
 from slimconv_lit.surgery.resize import Edits, host_forward, without_norm
 from slimconv_lit.surgery.substitute import one_line, shared_layers
@@ -89,8 +90,8 @@ def fuse(model: nn.Module, example_input: Any = None) -> FuseReport:
     output in float32 (84 roundings, in other types too). If anything fails, `model` is exactly as it was.
 
     Args:
-        model: Any network, in evaluation mode. A detector selects boxes by thresholds, where the last digit may decide:
-            fuse its parts (`fuse(detector.backbone)`).
+        model: Any network, in evaluation mode. Where the last digit decides what a network does next, as it can
+            with a detector's boxes, the proof fails: fuse its parts then, `fuse(detector.backbone)`.
         example_input: A tensor, a tuple of positional or a dict of keyword arguments of the forward pass; only shapes
             and dtypes matter. By default images of common sizes are tried, small ones first.
 
@@ -98,11 +99,13 @@ def fuse(model: nn.Module, example_input: Any = None) -> FuseReport:
         The report; it prints as a table.
 
     Raises:
-        ValueError: If `model` is in training mode or does not run, or the proof fails; the message names the first
-            layer that differs.
+        ValueError: If `model` or a part of it is in training mode, it does not run, or the proof fails; the message
+            names the first layer that differs.
     """
-    if model.training:
-        raise ValueError("the network is in training mode, where norms follow the batch; call model.eval() first")
+    for name, module in model.named_modules():
+        if module.training:
+            which = f"the network's {name}" if name else "the network"
+            raise ValueError(f"{which} is in training mode, where norms follow the batch; call model.eval() first")
     inputs, reads = _watch(model, example_input)
     shared = shared_layers(model)
     into: dict[str, str] = {}
@@ -114,7 +117,8 @@ def fuse(model: nn.Module, example_input: Any = None) -> FuseReport:
                 into[name] = reads.source[name]
             rows[name] = FusedRow(name, into.get(name, ""), why)
 
-    original = copy.deepcopy(model)
+    # Copies of traced networks are in training mode.
+    original = copy.deepcopy(model).eval()
     edits = Edits(model)
     try:
         for name, layer in into.items():
@@ -232,7 +236,7 @@ def _why_not(model: nn.Module, name: str, norm: nn.Module, reads: _Readers, shar
         return f"{layer}: {problem}"
     if _behind(norm) is None:
         return f"a {type(norm).__name__} may compute more than a batch norm"
-    if norm.training or norm.running_mean is None:
+    if norm.running_mean is None:
         return "it normalises with the batch, in evaluation too"
     return ""
 
@@ -298,7 +302,8 @@ def _prove(original: nn.Module, fused: nn.Module, inputs: Inputs, into: Mapping[
     """
     tolerance = TOLERANCE * torch.finfo(_type_of(fused)).eps
     try:
-        found, problem = difference(original, fused, inputs), ""
+        outputs = zip(_outputs(original, inputs), _outputs(fused, inputs), strict=True)
+        found, problem = float(np.max([0.0, *(_apart(wanted, got) for wanted, got in outputs)])), ""
     except Exception as error:
         found, problem = float("inf"), f" ({one_line(error)})"
     if isnan(found):
@@ -310,6 +315,13 @@ def _prove(original: nn.Module, fused: nn.Module, inputs: Inputs, into: Mapping[
             f"the first layer that differs is {layer}. Nothing was changed"
         )
     return found
+
+
+def _outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    with torch.no_grad():
+        output = model(*inputs[0], **inputs[1])
+    # A detector's classes are integers.
+    return [t if t.is_floating_point() else t.double() for t in tree_iter(output) if isinstance(t, Tensor)]
 
 
 def _type_of(model: nn.Module) -> torch.dtype:
@@ -327,8 +339,11 @@ def _first_difference(
         if name in folded or hasattr(original.get_submodule(name), "act"):
             continue
         here = found.get(into.get(name, name))
-        here = None if here is None else here.reshape(there.shape) if here.numel() == there.numel() else None
-        if here is None or not (here - there).abs().max() <= tolerance * there.abs().max():
+        # What a gate's convolution writes has two axes of size one more than what its linear layer does.
+        if (
+            here is None
+            or not _apart(there, here.reshape(there.shape) if here.ndim < there.ndim else here) <= tolerance
+        ):
             return name
     return "no single layer"
 
