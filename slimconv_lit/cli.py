@@ -16,6 +16,8 @@ TOOL_VERBS = {
     "sweep": "run a W&B sweep file here, without W&B",
     "prune": "train with a penalty on the scales, prune, and fine-tune",
     "explain": "draw what a checkpoint's network does with images",
+    "export": "write a checkpoint's network to a file for other runtimes, and check it",
+    "benchmark": "time a network against its plain counterpart",
     "models": "list the networks that a config can name",
     "profile": "count parameters and multiply-accumulates of a network, layer by layer",
     "paper": "rebuild the networks of the papers' tables and compare the counts",
@@ -76,6 +78,14 @@ def _run(verb: str, argv: list[str]) -> int:
             from slimconv_lit.experiments.explain import explain
 
             print(f"in {explain(argv)}")
+        elif verb == "export":
+            from slimconv_lit.experiments.export import export
+
+            export(argv)
+        elif verb == "benchmark":
+            from slimconv_lit.experiments.benchmark import benchmark
+
+            benchmark(argv)
         else:
             from slimconv_lit.tool_verbs import run_tool
 

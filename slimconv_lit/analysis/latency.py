@@ -1,5 +1,7 @@
-"""Time on the clock: things are measured in turn, so that a change of the machine's mood meets all of them."""
+"""Time on the clock, and memory: things are timed in turn, so that a change of the machine's mood meets all of them."""
 
+import ctypes
+import gc
 import os
 import platform
 import statistics
@@ -10,6 +12,8 @@ from pathlib import Path
 
 import torch
 import torchvision
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 
@@ -61,6 +65,53 @@ def ratios(times: Mapping[str, Sequence[float]], base: str) -> dict[str, Spread]
         name: spread([own / plain for own, plain in zip(values, times[base], strict=True)])
         for name, values in times.items()
     }
+
+
+def peak_memory(run: Callable[[], object], device: str = "cpu") -> int:
+    """Bytes that torch holds at most during one call of `run`, above what it held before.
+
+    What a library allocates past torch (the scratch memory of oneDNN and cuDNN plans, other runtimes) is not seen.
+
+    Args:
+        run: Called once; call it before, so that what only a first call needs does not count.
+        device: "cuda" asks torch's allocator on the GPU; else its allocations on the CPU are added up.
+    """
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    # Else the profiler tells of its own start and end, in capitals.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    assert recorded.profiler
+    assert recorded.profiler.kineto_results
+    # The public tables give what each operation allocates; when it is freed again is in the events alone.
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        if event.device_type() == DeviceType.CPU:
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+def resident_memory() -> int | None:
+    """Bytes of this process that lie in memory, once what was freed has been given back; None on systems but Linux.
+
+    For runtimes with allocators of their own: they keep what a pass needed for the next.
+    """
+    pages = Path("/proc/self/statm")
+    if not pages.exists():
+        return None
+    gc.collect()
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+    return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
 def machine(device: str = "cpu") -> dict[str, object]:
