@@ -5,11 +5,12 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Trainer
+from pytorch_lightning.accelerators import CUDAAccelerator
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint, ProgressBar, TQDMProgressBar
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import WandbLogger
@@ -89,6 +90,15 @@ class SlimCLI(LightningCLI):
             "--logger", type=str, default="tensorboard", help="Besides metrics.csv: tensorboard, wandb, or both."
         )
         parser.add_argument("--threads", type=int | None, help="CPU threads of torch; null for as many as cores.")
+        parser.add_argument(
+            "--channels_last", type=bool | None, help="Keep the network's weights channels last; null does so on GPUs."
+        )
+        parser.add_argument("--compile", type=bool, default=False, help="Compile the network with torch.compile.")
+        parser.add_argument(
+            "--matmul_precision",
+            type=Literal["highest", "high", "medium"] | None,
+            help="Of float32 products on a GPU: high allows TF32, and is what null means there.",
+        )
         if self.verb == "fit":
             parser.add_argument("--test_after", type=bool, default=True, help="Test the best checkpoint at the end.")
         for target, (source, compute) in _LINKS.items():
@@ -140,6 +150,19 @@ class SlimCLI(LightningCLI):
             raise UsageError(explain(str(error).partition("Given value")[0]) + hint) from error
         if path := self.config[self.verb].get("ckpt_path"):
             self._take_shape(path)
+        if self.trainer is not None:
+            self._speed_up()
+
+    def _speed_up(self) -> None:
+        own, on_gpu = self.config[self.verb], isinstance(self.trainer.accelerator, CUDAAccelerator)
+        network = self.model.model
+        if own["channels_last"] or (own["channels_last"] is None and on_gpu):
+            network.to(memory_format=torch.channels_last)
+        if own["matmul_precision"] or on_gpu:
+            torch.set_float32_matmul_precision(own["matmul_precision"] or "high")
+        if own["compile"]:
+            # In place: a wrapper would change the names in checkpoints.
+            network.compile()
 
     def _take_shape(self, path: str) -> None:
         """Prunes the network as the checkpoint's was: Lightning would do it when callbacks have copied the network."""
@@ -162,7 +185,8 @@ class SlimCLI(LightningCLI):
                 kwargs["logger"] = make_loggers(own["logger"], path)
         if trainer["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             # Lightning would take rich's bar wherever that package happens to be installed.
-            callbacks.append(TQDMProgressBar())
+            # At each step it would wait for the GPU, to print a loss that nobody can read so fast.
+            callbacks.append(TQDMProgressBar(refresh_rate=10))
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
     def _own_callbacks(self, given: Sequence[Callback]) -> list[Callback]:

@@ -262,3 +262,15 @@ def test_distributed_processes_share_one_run_folder(in_tmp):
     (folder,) = (in_tmp / "runs" / "quickstart").iterdir()
     assert (folder / "checkpoints" / "best.ckpt").is_file()
     assert len(done.stdout.split("cifar_resnet20 ")) == 2, "one process prints"
+
+
+def test_faster_ways_to_compute_leave_checkpoints_as_they_are(in_tmp, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(type(module).__name__))
+    options = ["--channels_last=true", "--compile=true", "--matmul_precision=high", "--test_after=false"]
+    cli = run("fit", [*DIGITS, *SLIM, *options])
+    assert compiled == ["CifarResNet"]
+    assert cli.model.model.layer1[0].conv2.weight.is_contiguous(memory_format=torch.channels_last)
+    assert torch.get_float32_matmul_precision() == "high"
+    torch.set_float32_matmul_precision("highest")
+    assert main(["test", "--ckpt_path=last", *SHORT]) == 0
