@@ -1,46 +1,104 @@
-"""Seconds of a plain network against the same network after `slimify`, in one interleaved run.
+"""Time and memory of a plain network against the same network after `slimify`, both given the same treatment.
 
-    python benchmarks/slim_vs_plain.py resnet50 --k 4/3 8/3 --batch 1 16
+    python benchmarks/slim_vs_plain.py resnet50 --k 4/3 8/3 --batch 1 16 --what eager fused train
+    python benchmarks/slim_vs_plain.py resnet50 --batch 1 16 --what compiled
 
-Each round times one forward pass (and, with --train, one training step) of every network in turn, so that a change of
-the machine's mood meets all of them; what is reported is the median over the rounds of slim / plain, with quartiles.
+eager     a forward pass in evaluation mode
+fused     the same behind `fuse`
+compiled  the same by torch.compile with freezing (needs a C++ compiler on CPUs)
+train     forward and backward pass; besides the time, the bytes kept for backward and the peak of memory
+
+Each round runs every network once in turn, so that a change of the machine's mood meets all of them; what is reported
+is the median over the rounds of slim / plain, with quartiles. Maps are in channels_last.
 """
 
 import argparse
+import copy
 import json
-import platform
 import statistics
-import time
 from pathlib import Path
 
 import torch
 import torchvision
 
-from slimconv_lit import slimify
+from slimconv_lit import fuse, slimify
 from slimconv_lit.analysis.complexity import macs
+from slimconv_lit.analysis.latency import interleaved, machine, peak_memory, ratios
 from slimconv_lit.tables import format_table
 
-
-def seconds(run, device):
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+TREATMENTS = ("eager", "fused", "compiled", "train")
 
 
-def runner(model, x, train):
+def treated(network, what, x):
+    """What is timed: a call without arguments."""
+    model = copy.deepcopy(network).to(x.device, memory_format=torch.channels_last).train(what == "train")
+    if what == "train":
+
+        def step():
+            model.zero_grad()
+            model(x).float().square().mean().backward()
+
+        return model, step
+    if what == "fused":
+        fuse(model)
+    run = model
+    if what == "compiled":
+        torch._inductor.config.freezing = True
+        run = torch.compile(model)
+
     def forward():
         with torch.no_grad():
-            model(x)
+            run(x)
 
-    def step():
-        model.zero_grad()
-        model(x).float().square().mean().backward()
+    return model, forward
 
-    return step if train else forward
+
+def kept_for_backward(model, x):
+    """Bytes that autograd keeps in a forward pass, each storage once, parameters left out."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        # With the tensor, so that its place is not taken by another.
+        kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = model(x)
+    del output
+    return sum(size for place, (size, _) in kept.items() if place not in own)
+
+
+def compare(name, networks, what, batch, args):
+    x = torch.randn(batch, 3, args.size, args.size, device=args.device)
+    x = x.contiguous(memory_format=torch.channels_last)
+    made = {label: treated(network, what, x) for label, network in networks.items()}
+    times = interleaved({label: run for label, (_, run) in made.items()}, args.rounds, device=args.device)
+    relative = ratios(times, "plain")
+    counts = {label: macs(network, (3, args.size, args.size)) for label, network in networks.items()}
+    rows = []
+    memory = {}
+    if what == "train":
+        memory = {label: (kept_for_backward(m, x), peak_memory(run, args.device)) for label, (m, run) in made.items()}
+    for label in args.k:
+        plain, slim = (1000 * statistics.median(times[each]) for each in ("plain", label))
+        row = {
+            "network": name,
+            "what": what,
+            "batch": batch,
+            "k": label,
+            "plain ms": round(plain, 1),
+            "slim ms": round(slim, 1),
+            "ratio": round(relative[label].median, 3),
+            "quartiles": f"{relative[label].low:.3f} to {relative[label].high:.3f}",
+            "macs ratio": round(counts[label] / counts["plain"], 3),
+        }
+        for i, kind in enumerate(("kept MB", "peak MB") if memory else ()):
+            row[kind] = f"{memory['plain'][i] / 1e6:.0f} -> {memory[label][i] / 1e6:.0f}"
+            row[f"{kind[:4]} ratio"] = round(memory[label][i] / memory["plain"][i], 3)
+        rows.append(row)
+    return rows
 
 
 def main():
@@ -48,9 +106,9 @@ def main():
     parser.add_argument("names", nargs="*", default=["resnet50"], help="torchvision classification networks")
     parser.add_argument("--k", nargs="+", default=["4/3", "8/3"])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 16])
+    parser.add_argument("--what", nargs="+", choices=TREATMENTS, default=["eager", "fused", "train"])
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--train", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="write the table and what it was measured on to this .json")
@@ -59,55 +117,19 @@ def main():
 
     rows = []
     for name in args.names:
-        networks = {"plain": torchvision.models.get_model(name)}
+        networks = {"plain": torchvision.models.get_model(name).eval()}
         for k in args.k:
-            networks[k] = torchvision.models.get_model(name)
+            networks[k] = torchvision.models.get_model(name).eval()
             slimify(networks[k], k=k)
-        counts = {label: macs(model, (3, args.size, args.size)) for label, model in networks.items()}
-        for batch in args.batch:
-            x = torch.randn(batch, 3, args.size, args.size, device=args.device)
-            x = x.contiguous(memory_format=torch.channels_last)
-            runs = {}
-            for label, model in networks.items():
-                model.to(args.device, memory_format=torch.channels_last).train(args.train)
-                runs[label] = runner(model, x, args.train)
-                runs[label]()
-            times = {label: [] for label in networks}
-            for _ in range(args.rounds):
-                for label, run in runs.items():
-                    times[label].append(seconds(run, args.device))
-            for label in args.k:
-                ratios = [slim / plain for slim, plain in zip(times[label], times["plain"], strict=True)]
-                low, _, high = statistics.quantiles(ratios, n=4)
-                rows.append(
-                    {
-                        "network": name,
-                        "k": label,
-                        "batch": batch,
-                        "plain ms": round(1000 * statistics.median(times["plain"]), 1),
-                        "slim ms": round(1000 * statistics.median(times[label]), 1),
-                        "ratio": round(statistics.median(ratios), 3),
-                        "quartiles": f"{low:.3f} to {high:.3f}",
-                        "macs ratio": round(counts[label] / counts["plain"], 3),
-                    }
-                )
-    print(format_table(rows))
+        for what in args.what:
+            for batch in args.batch:
+                rows += compare(name, networks, what, batch, args)
+                print(format_table(rows[-len(args.k) :]), flush=True)
     if args.output:
-        device = torch.cuda.get_device_name() if args.device == "cuda" else cpu_name()
-        about = {
-            "machine": f"{device}, {args.threads} thread(s)" if args.device == "cpu" else device,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "torchvision": torchvision.__version__,
-            "mode": "training step" if args.train else "forward pass, eval",
-            "arguments": {k: v for k, v in vars(args).items() if k != "output"},
-            "rows": rows,
-        }
-        args.output.write_text(json.dumps(about, indent=2, default=str) + "\n")
-
-
-def cpu_name():
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+        arguments = {key: value for key, value in vars(args).items() if key != "output"}
+        args.output.write_text(
+            json.dumps({**machine(args.device), "arguments": arguments, "rows": rows}, indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":
