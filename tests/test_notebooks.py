@@ -42,5 +42,6 @@ def test_has_one_cell_of_parameters_near_the_top(path):
     statements = ast.parse(cells[1].source).body
     assert statements
     for statement in statements:
-        assert isinstance(statement, ast.Assign), "nothing but assignments"
-        assert all(target.id.isupper() for target in statement.targets)
+        assert isinstance(statement, ast.Assign | ast.AugAssign), "nothing but assignments"
+        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+        assert all(target.id.isupper() for target in targets)
