@@ -37,16 +37,19 @@ def can_make_again(x: Tensor, *modules: nn.Module) -> bool:
     Not so where no gradient is wanted, where something watches the modules (hooks, the channel graph, a tracer) or has
     changed what they do, and under `torch.compile` and `torch.export`, which plan what is kept by themselves.
     """
-    if not torch.is_grad_enabled() or x.is_meta or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if not torch.is_grad_enabled() or x.is_meta or torch.compiler.is_compiling():
         return False
-    return not nn.modules.module._has_any_global_hook() and all(_is_plain(module) for module in modules)
+    if torch._C._get_tracing_state() is not None or nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
+        return False
+    return all(_is_plain(module) for module in modules)
 
 
 def _is_plain(module: nn.Module) -> bool:
-    hooks = (*(module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks),)
-    known = type(module) in (nn.Sequential, nn.Conv2d, nn.BatchNorm2d, nn.ReLU)
-    with_bias = isinstance(module, nn.Conv2d) and module.bias is not None
-    return known and not with_bias and not any(hooks) and "forward" not in vars(module)
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return False
+    if type(module) is nn.Conv2d and (module.bias is not None or module.padding_mode != "zeros"):
+        return False
+    return type(module) in (nn.Sequential, nn.Conv2d, nn.BatchNorm2d, nn.ReLU) and "forward" not in vars(module)
 
 
 def convolve_folds(x: Tensor, weights: Sequence[Tensor], folds: int, convs: Sequence[nn.Conv2d]) -> list[Tensor]:
@@ -174,6 +177,8 @@ class _ConvolvedFolds(torch.autograd.Function):
             of_folded, of_tensors[paths + i] = _convolve_backward(
                 grad, folded, kernel, geometry, (x_needed or w_needed, needed[paths + i])
             )
+            if of_folded is None:
+                continue
             if of_x is not None:
                 for part in parts:
                     if i == 0:
@@ -181,6 +186,7 @@ class _ConvolvedFolds(torch.autograd.Function):
                     else:
                         of_x[:, part].addcmul_(of_folded, w[:, part])
             if w_needed:
+                # The folded map is done with, and new memory is slow.
                 sums = [torch.mul(x[:, part], of_folded, out=folded).sum((2, 3), keepdim=True) for part in parts]
                 of_w = torch.cat(sums, dim=1)
                 of_tensors[i] = functional.pad(of_w, (0, 0, 0, 0, 0, w.shape[1] - of_w.shape[1]))
@@ -227,7 +233,7 @@ class _Convolved(torch.autograd.Function):
             own = [None if t is None else t.detach().requires_grad_(n) for t, n in zip(tensors, needed, strict=True)]
             made = ctx.again(*own)
         of_made, of_kernel = _convolve_backward(grad, made.detach(), kernel, ctx.geometry, (any(needed), kernel_needed))
-        wanted = [tensor for tensor, need in zip(own, needed, strict=True) if need]
+        wanted = [tensor for tensor in own if tensor is not None and tensor.requires_grad]
         of_wanted = iter(torch.autograd.grad(made, wanted, of_made) if wanted else ())
         return None, None, None, of_kernel, *(next(of_wanted) if need else None for need in needed)
 
@@ -247,4 +253,4 @@ class _Joined(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        return tuple(part.contiguous(memory_format=ctx.layout) for part in grad.split(ctx.widths, dim=1))
+        return tuple(part.contiguous(memory_format=ctx.layout) for part in torch.split(grad, ctx.widths, dim=1))

@@ -16,7 +16,7 @@ suggest (Fig. 8), and the gate still sees all C.
 
 import math
 from fractions import Fraction
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -243,9 +243,10 @@ class SlimConv2d(Operator):
         paths = [self.top, self.bottom] if self.third is None else [self.top, self.bottom, self.third]
         if not can_make_again(x, *(module for path in paths for module in path.modules())):
             return torch.cat([path(folded) for path, folded in zip(paths, self.reconstruct(x), strict=True)], dim=1)
-        top, *low = convolve_folds(x, self._weights(x), self.folds, [path[0] for path in paths])
+        layers: Any = [list(path) for path in paths]
+        top, *low = convolve_folds(x, self._weights(x), self.folds, [path[0] for path in layers])
         maps = [self.top[1](top)]
-        for (_, norm, _, spatial, last), written in zip(paths[1:], low, strict=True):
+        for (_, norm, _, spatial, last), written in zip(layers[1:], low, strict=True):
             maps.append(last(convolve_normed(written, norm, spatial)))
         return join(maps)
 

@@ -223,6 +223,10 @@ def test_hooks_and_changed_layers_are_called():
     assert operator.bottom[3].bias.grad is not None
     assert operator.top[0].parametrizations.weight.original0.grad is not None
     assert not torch.allclose(operator(x), before)
+    operator.bottom[3] = nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect", bias=False)
+    with torch.no_grad():
+        wanted = operator(x)
+    torch.testing.assert_close(operator(x), wanted)
     called = []
     handle = nn.modules.module.register_module_forward_hook(lambda module, *_: called.append(module))
     operator(x)
