@@ -253,7 +253,13 @@ class BaseDataModule(pl.LightningDataModule):
         per_device = math.ceil(length / (self.trainer.world_size if self.trainer else 1))
         drop_last = per_device > self.batch_size and per_device % self.batch_size == 1
         sampler = EpochSampler(length, self.seed)
-        return self._loader(self.dataset("train"), self.batch_size, sampler=sampler, drop_last=drop_last)
+        data, workers = self.dataset("train"), self.train_workers
+        return self._loader(data, self.batch_size, workers, sampler=sampler, drop_last=drop_last)
+
+    @property
+    def train_workers(self) -> int:
+        """Processes that load training images."""
+        return self.num_workers
 
     def val_dataloader(self) -> DataLoader[Any]:
         """(images, targets) in their stored order."""
@@ -267,12 +273,15 @@ class BaseDataModule(pl.LightningDataModule):
         """(images, names) in the order of the names."""
         return self._loader(self.predict_dataset(), self.eval_batch_size)
 
-    def _loader(self, dataset: Dataset[Any], batch_size: int, **own: Any) -> DataLoader[Any]:
+    def _loader(
+        self, dataset: Dataset[Any], batch_size: int, workers: int | None = None, **own: Any
+    ) -> DataLoader[Any]:
+        workers = self.num_workers if workers is None else workers
         return DataLoader(
             dataset,
             batch_size=batch_size,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
+            num_workers=workers,
+            persistent_workers=workers > 0,
             pin_memory=self.pin_memory,
             collate_fn=self.collate,
             **own,

@@ -6,11 +6,13 @@ A. Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009, ht
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch.utils.data import Dataset, Subset
+import torch
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets import CIFAR100
 
 from slimconv_lit.data import samples
 from slimconv_lit.data.base import BaseDataModule, Split, Transformed, hold_out
+from slimconv_lit.data.batched import BatchAugment, InMemory, RawBatch
 from slimconv_lit.data.transforms import CIFAR100_STATS, cifar100_train, resize_and_crop
 
 _NAMES = """
@@ -50,7 +52,8 @@ class CIFAR100DataModule(BaseDataModule):
         split_seed: Of the held-out images; apart from `seed`, so that seeds are compared on the same images.
         val_fraction: Part of each class's training images that is held out.
         val_on_test: Train on all training images and validate on the test images; `val_fraction` is then unused.
-        trivial_augment: Add TrivialAugmentWide to the training recipe.
+        trivial_augment: Add TrivialAugmentWide to the training recipe, which then goes image by image.
+        cutout: Side in pixels of a square that is cut out of each training image; 0 for none.
         download: Fetch the data set (169 MB) into `root` where it is missing.
         sample: Read a small data set in the same layout (3,000 and 1,000 images), built below `root`.
         predict_dir: Predict all images below this folder, resized to 32x32; None predicts the test images.
@@ -68,6 +71,7 @@ class CIFAR100DataModule(BaseDataModule):
         val_fraction: float = 0.1,
         val_on_test: bool = False,
         trivial_augment: bool = False,
+        cutout: int = 0,
         download: bool = False,
         sample: bool = False,
         predict_dir: str | None = None,
@@ -78,7 +82,10 @@ class CIFAR100DataModule(BaseDataModule):
         self.split_seed = split_seed
         self.val_fraction = val_fraction
         self.val_on_test = val_on_test
+        if trivial_augment and cutout:
+            raise ValueError("cutout is for the plain recipe; leave it at 0 with trivial_augment")
         self.trivial_augment = trivial_augment
+        self.cutout = cutout
         self.download = download
         self.num_classes = 100
         self.class_names = samples.NUMBERS if sample else CLASS_NAMES
@@ -101,11 +108,40 @@ class CIFAR100DataModule(BaseDataModule):
             RuntimeError: If they are there but are not the official files.
         """
         data = self._read(train=split == "train" or (split == "val" and not self.val_on_test))
-        transform = cifar100_train(self.trivial_augment) if split == "train" else self.eval_transform
-        if split == "test" or self.val_on_test:
-            return Transformed(data, transform)
-        kept, held = hold_out(data.targets, self.val_fraction, self.split_seed)
-        return Transformed(Subset(data, kept if split == "train" else held), transform)
+        if split == "test" or (split == "val" and self.val_on_test):
+            return Transformed(data, self.eval_transform)
+        kept, held = range(len(data)), []
+        if not self.val_on_test:
+            kept, held = hold_out(data.targets, self.val_fraction, self.split_seed)
+        if split == "val":
+            return Transformed(Subset(data, held), self.eval_transform)
+        if self.trivial_augment:
+            return Transformed(Subset(data, kept), cifar100_train(trivial_augment=True))
+        images = torch.from_numpy(data.data[list(kept)]).permute(0, 3, 1, 2).contiguous()
+        targets = [data.targets[i] for i in kept]
+        return InMemory(images, targets, CIFAR100_STATS, BatchAugment(cutout=self.cutout))
+
+    @property
+    def train_workers(self) -> int:
+        """None for images in memory: a batch is put together faster than another process could hand it over."""
+        return self.num_workers if self.trivial_augment else 0
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Shuffled and augmented (images, targets); with a GPU they are augmented there."""
+        data = self.dataset("train")
+        if isinstance(data, InMemory):
+            data.raw = self.trainer is not None and self.trainer.strategy.root_device.type != "cpu"
+        return super().train_dataloader()
+
+    @staticmethod
+    def collate(items: Any) -> tuple[Any, ...]:
+        """A batch that was put together at once needs no more."""
+        return items if isinstance(items, tuple) else BaseDataModule.collate(items)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Augments where the network is."""
+        data = self.dataset("train") if isinstance(batch, RawBatch) else None
+        return data.finish(batch) if isinstance(data, InMemory) else batch
 
     def _read(self, train: bool) -> CIFAR100:
         if self.sample:

@@ -5,6 +5,7 @@ import torch
 from torchvision.datasets import CIFAR100
 
 from slimconv_lit.data import CIFAR100DataModule
+from slimconv_lit.data.batched import InMemory
 
 
 @pytest.fixture
@@ -13,7 +14,7 @@ def sample(sample_root):
 
 
 def labels(dataset):
-    return [dataset.source[i][1] for i in range(len(dataset))]
+    return dataset.targets.tolist() if isinstance(dataset, InMemory) else [target for _, target in dataset.source]
 
 
 def test_everything_is_known_with_no_data():
