@@ -3,6 +3,7 @@
 A. Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009, https://www.cs.toronto.edu/~kriz/cifar.html
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -110,7 +111,8 @@ class CIFAR100DataModule(BaseDataModule):
         data = self._read(train=split == "train" or (split == "val" and not self.val_on_test))
         if split == "test" or (split == "val" and self.val_on_test):
             return Transformed(data, self.eval_transform)
-        kept, held = range(len(data)), []
+        kept: Sequence[int] = range(len(data))
+        held: Sequence[int] = []
         if not self.val_on_test:
             kept, held = hold_out(data.targets, self.val_fraction, self.split_seed)
         if split == "val":
