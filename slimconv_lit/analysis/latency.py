@@ -73,7 +73,8 @@ def peak_memory(run: Callable[[], object], device: str = "cpu") -> int:
     What a library allocates past torch (the scratch memory of oneDNN and cuDNN plans, other runtimes) is not seen.
 
     Args:
-        run: Called once; call it before, so that what only a first call needs does not count.
+        run: Called once; call it before, so that what only a first call needs does not count. On the CPU it should
+            free nothing that was there before, for that is not seen either.
         device: "cuda" asks torch's allocator on the GPU; else its allocations on the CPU are added up.
     """
     if device.startswith("cuda"):

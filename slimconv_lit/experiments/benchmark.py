@@ -1,5 +1,6 @@
 """A network against its plain counterpart on the clock: latency, throughput and memory, in turn, in one process."""
 
+import inspect
 import itertools
 import json
 import re
@@ -27,10 +28,11 @@ from slimconv_lit.backbones.registry import made_for
 from slimconv_lit.callbacks.run_folder import new_run_folder
 from slimconv_lit.errors import explain
 from slimconv_lit.experiments import formats
+from slimconv_lit.experiments.export import check_checkpoint
 from slimconv_lit.experiments.formats import FORMATS
 from slimconv_lit.heads import WithoutProposals, deeplab_v3plus, faster_rcnn
 from slimconv_lit.lightning_cli import describe_network, open_checkpoint
-from slimconv_lit.ops import OperatorFactory, SlimConv2d, describe_operator
+from slimconv_lit.ops import OperatorFactory, OperatorLike, SlimConv2d, describe_operator, operator_classes
 from slimconv_lit.surgery import fuse
 from slimconv_lit.surgery.plan import plans_of
 from slimconv_lit.tables import format_table
@@ -117,7 +119,6 @@ def benchmark(argv: Sequence[str]) -> Path:
         compared, folder = _networks(own)
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from error
-    folder = Path(own.output) if own.output else folder
     kept = [setting for setting in settings if not _told(_refusal(setting, compared, own.train, own.device))]
     if not kept:
         raise UsageError("benchmark: nothing of what was asked for can be run; see above")
@@ -189,19 +190,13 @@ def _told(reason: str | None) -> bool:
 
 def _networks(own: Any) -> tuple[Networks, Path]:
     """The networks to compare, and a folder for what comes of it."""
-    variants: dict[str, OperatorFactory | dict[str, Any]] = {}
-    if own.operator is not None:
-        variants[_label(own.operator)] = own.operator
-    for k in own.k:
-        if (
-            own.operator is not None
-            and describe_operator(own.operator)["class_path"].rpartition(".")[2] != "SlimConv2d"
-        ):
+    operators: list[OperatorLike] = [] if own.operator is None else [own.operator]
+    if own.k:
+        described = describe_operator(own.operator or SlimConv2d)
+        if not described["class_path"].endswith(".SlimConv2d"):
             raise UsageError("--k is SlimConv2d's; other operators take theirs as --operator.NAME=VALUE")
-        init_args = describe_operator(own.operator)["init_args"] if own.operator is not None else {}
-        variants.pop(_label(own.operator) if own.operator is not None else "", None)
-        described = {"class_path": "SlimConv2d", "init_args": init_args | {"k": k}}
-        variants[_label(described)] = described
+        operators = [described | {"init_args": described["init_args"] | {"k": k}} for k in own.k]
+    variants = {_label(operator): operator for operator in operators}
     if own.network in ("last", "best") or own.network.endswith(".ckpt"):
         return _from_checkpoint(own, variants)
     plain, preset = own.network, PRESETS.get(own.network)
@@ -219,17 +214,21 @@ def _networks(own: Any) -> tuple[Networks, Path]:
         built[own.network] = _build(own.head, own.network, None, classes, height)
     built |= {label: _build(own.head, plain, op, classes, height) for label, op in variants.items()}
     counts = {label: macs(_counted(network), (3, height, width)) for label, network in built.items()}
-    folder = new_run_folder(Path(own.run_root), re.sub(r"\W+", "-", own.network), "benchmark")
+    folder = Path(own.output or new_run_folder(Path(own.run_root), re.sub(r"\W+", "-", own.network), "benchmark"))
     return Networks(built, own.head, (3, height, width), classes, counts), folder
 
 
-def _label(operator: Any) -> str:
+def _label(operator: OperatorLike) -> str:
+    """An operator in a few words: its class, k, and what else is not as by default."""
     described = describe_operator(operator)
-    arguments = ", ".join(
-        f"{key}={Fraction(value).limit_denominator(99) if isinstance(value, float) else value}"
-        for key, value in described["init_args"].items()
-    )
-    return f"{described['class_path'].rpartition('.')[2]} {arguments}".strip()
+    name = described["class_path"].rpartition(".")[2]
+    defaults = {key: p.default for key, p in inspect.signature(operator_classes()[name]).parameters.items()}
+    given = ({"k": defaults["k"]} if "k" in defaults else {}) | described["init_args"]
+    words = [name]
+    for key, value in given.items():
+        if key == "k" or value != defaults.get(key):
+            words.append(f"{key}={Fraction(value).limit_denominator(99) if isinstance(value, float) else value}")
+    return " ".join(words)
 
 
 def _build(head: str, name: str, operator: Any, classes: int, side: int) -> nn.Module:
@@ -248,11 +247,16 @@ def _counted(network: nn.Module) -> nn.Module:
     return WithoutProposals(network) if hasattr(network, "roi_heads") else network  # type: ignore[arg-type]
 
 
-def _from_checkpoint(own: Any, variants: Mapping[str, Any]) -> tuple[Networks, Path]:
+def _from_checkpoint(own: Any, variants: Mapping[str, OperatorLike]) -> tuple[Networks, Path]:
     """The checkpoint's network and its counterpart: the same task without operator and before pruning."""
     options = [f"--run_root={own.run_root}", *([f"--name={own.name}"] if own.name else [])]
+    check_checkpoint(own.network)
     cli = open_checkpoint("benchmark", [f"--ckpt_path={own.network}", *options])
     assert cli.run_folder
+    folder = cli.run_folder.path
+    if own.output:
+        folder.rmdir()
+        folder = Path(own.output)
     task = cli.model
     hparams = {key: value for key, value in task.hparams.items() if not key.startswith("_")}
     preset = PRESETS.get(hparams["backbone"])
@@ -272,7 +276,7 @@ def _from_checkpoint(own: Any, variants: Mapping[str, Any]) -> tuple[Networks, P
     if isinstance(task, (SegmentationTask, DetectionTask)):
         kind = "deeplab_v3plus" if isinstance(task, SegmentationTask) else f"faster_rcnn_{hparams['form']}"
     networks = {label: one.model for label, one in tasks.items()}
-    return Networks(networks, kind, size, hparams["num_classes"], counts), cli.run_folder.path
+    return Networks(networks, kind, size, hparams["num_classes"], counts), folder
 
 
 class _Benchmark:
@@ -365,6 +369,9 @@ class _Benchmark:
         run = step if self.own.train else forward
         run()
         run()
+        if optimizer:
+            # The gradients of a step are part of its peak, so they must not be there before.
+            optimizer.zero_grad()
         return run, _held(network, optimizer) + peak_memory(run, self.own.device)
 
     def _compiled(self, network: nn.Module) -> Callable[..., Any]:
@@ -415,9 +422,8 @@ class _Benchmark:
 
 
 def _held(network: nn.Module, optimizer: torch.optim.Optimizer | None) -> int:
-    """Bytes of weights, buffers, gradients and the optimizer's state."""
+    """Bytes of weights, buffers and the optimizer's state."""
     tensors = [*network.parameters(), *network.buffers()]
-    tensors += [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
     for state in optimizer.state.values() if optimizer else ():
         tensors += [value for value in state.values() if isinstance(value, Tensor)]
     return sum(tensor.nbytes for tensor in tensors)

@@ -4,6 +4,7 @@ import argparse
 import bisect
 import importlib.metadata
 import json
+import pickle
 import re
 import shutil
 import tempfile
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from slimconv_lit.config_files import checkpoint_config
 from slimconv_lit.experiments import formats
 from slimconv_lit.experiments.formats import FORMATS, Format, Runner
 from slimconv_lit.lightning_cli import SlimCLI, describe_network, open_checkpoint
@@ -63,6 +65,7 @@ def export(argv: Sequence[str]) -> Path:
     parser.add_argument("--output", type=Path, help="the file (default: in a new run folder)")
     own, rest = parser.parse_known_args(argv)
     form = _check(own)
+    check_checkpoint(own.ckpt_path)
     data = ["--data", own.calibration] if own.calibration else []
     cli = open_checkpoint("export", [f"--ckpt_path={own.ckpt_path}", *data, *rest])
     assert cli.run_folder
@@ -75,6 +78,22 @@ def export(argv: Sequence[str]) -> Path:
         if own.output or not path:
             shutil.rmtree(cli.run_folder.path)
     return path
+
+
+def check_checkpoint(which: str) -> None:
+    """Sees that a file, if `which` is one, is a checkpoint that this package wrote.
+
+    Raises:
+        UsageError: If it is something else.
+    """
+    if not Path(which).is_file():
+        return
+    try:
+        carried = checkpoint_config(Path(which))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
+        raise UsageError(f"{which} is not a checkpoint: {_line(error, 120)}") from error
+    if missing := {"model", "data"} - carried.keys():
+        raise UsageError(f"{which} is not a checkpoint of `fit`: it does not tell its {' and '.join(sorted(missing))}")
 
 
 class Mismatch(Exception):
@@ -144,7 +163,7 @@ class _Export:
                 self._network(draft)
             print(f"against the network in torch, as parts of its largest output:\n{format_table(self.checks)}")
             if self.least_side:
-                print(f"right for images of {self.least_side} pixels and more a side")
+                print(f"right for images with sides from {self.least_side} px on")
             scores = {} if self.own.precision == "float32" else self._scores(draft)
             size = sum(path.stat().st_size for path in draft.parent.iterdir())
             facts = self._facts() | {"least_side": self.least_side, "checks": self.checks} | scores
@@ -164,8 +183,8 @@ class _Export:
                 raise
             # What exporters and runtimes raise has no class in common.
             except Exception as error:
-                print(f"for images of {self._shown(self.image[1:])} alone, as other sizes failed: {_line(error)}")
-                self.free_size = False
+                print(f"for images of {_shown(self.image[1:])} alone, as other sizes failed: {_line(error)}")
+                self.free_size, self.least_side = False, None
         try:
             self._try(draft)
         except UsageError:
@@ -174,7 +193,6 @@ class _Export:
             raise UsageError(f"--format {self.own.format}, nothing is written: {_line(error, 500)}") from error
 
     def _try(self, draft: Path) -> None:
-        self.checks = []
         for path in draft.parent.iterdir():
             path.unlink()
         reference, narrow = self.network, self.own.precision != "float32"
@@ -186,13 +204,14 @@ class _Export:
                 bar.update()
                 bar.set_description(then)
 
-            program = formats.trace(reference, torch.randn(TRACED_BATCH, *self._traced()), self.free_size)
+            traced = torch.randn(_traced(self.image, self.free_size))
+            program = formats.trace(reference, traced, self.free_size)
             step("writing")
             if self.form.suffix == ".pt2":
                 write = formats.write_aoti if self.own.format == "aoti" else formats.write_program
                 write(program, draft, self._facts())
                 step("checking")
-                self._check_file(reference, self.form.open(draft), TOLERANCE_BF16 if narrow else TOLERANCE)
+                self._check(reference, self.form.open(draft), TOLERANCE_BF16 if narrow else TOLERANCE)
                 bar.update()
                 return
             path = draft.with_suffix(".onnx")
@@ -200,8 +219,7 @@ class _Export:
             if narrow:
                 # Before it is rounded, for what is then left of the outputs says little about whether a file is right.
                 step("checking")
-                self._check_file(reference, formats.open_onnx(path), TOLERANCE)
-                self.checks = []
+                self._check(reference, formats.open_onnx(path), TOLERANCE)
                 step("rounding")
                 if self.own.precision == "bf16":
                     formats.halve_weights(path)
@@ -211,12 +229,7 @@ class _Export:
                 formats.write_openvino(path, draft, self._facts())
                 path.unlink()
             step("checking")
-            self._check_file(reference, self.form.open(draft), None if narrow else TOLERANCE)
-
-    def _traced(self) -> tuple[int, int, int]:
-        channels, height, width = self.image
-        least = TRACED_SIDE if self.free_size else 1
-        return channels, max(height, least), max(width, least)
+            self._check(reference, self.form.open(draft), None if narrow else TOLERANCE)
 
     def _calibration_images(self) -> Any:
         """The data set of the images that int8 is set by."""
@@ -234,44 +247,14 @@ class _Export:
     def _of_size(self, images: Tensor) -> Tensor:
         if not self.free_size and tuple(images.shape[1:]) != self.image:
             raise UsageError(
-                f"the file takes images of {self._shown(self.image[1:])} alone, and one of the data is of "
-                f"{self._shown(images.shape[2:])}; name that with --input_size, or leave --fixed_size out"
+                f"the file takes images of {_shown(self.image[1:])} alone, and one of the data is of "
+                f"{_shown(images.shape[2:])}; name that with --input_size, or leave --fixed_size out"
             )
         return images
 
-    def _check_file(self, reference: nn.Module, run: Runner, tolerance: float | None) -> None:
-        """Compares at the traced size and at others, and looks for the least size; with no tolerance nothing is judged.
-
-        Raises:
-            Mismatch: If the file differs by more.
-        """
-        channels, height, width = self.image
-        shapes = list(dict.fromkeys([(TRACED_BATCH, *self._traced()), *((batch, *self.image) for batch in BATCHES)]))
-        if self.free_size:
-            shapes += [(1, channels, height + down, width + right) for down, right in OTHER_SIZES]
-        for shape in shapes:
-            found = _difference(reference, run, shape, tolerance)
-            if found is None:
-                continue
-            difference, accepted = found
-            row = {"images": self._shown(shape), "largest difference": difference}
-            self.checks.append(row | ({"accepted": accepted} if tolerance else {}))
-            if tolerance and not difference <= accepted:
-                where = f"the file differs from the network by {difference:.2g} of its largest output"
-                raise Mismatch(f"{where}, for images {self._shown(shape)}; {accepted:.2g} would do")
-
-        def agrees(side: int) -> bool:
-            try:
-                found = _difference(reference, run, (1, channels, side, side), tolerance)
-            # Each runtime has an error of its own for images that are too small.
-            except Exception:
-                return False
-            return found is not None and found[0] <= found[1]
-
-        if tolerance and self.free_size:
-            # With small images a network may go another way, which a program does not follow that was traced with large
-            # ones.
-            self.least_side = 1 + bisect.bisect_left(range(1, min(height, width)), True, key=agrees)
+    def _check(self, reference: nn.Module, run: Runner, tolerance: float | None) -> None:
+        self.checks, least = check(reference, run, self.image, self.free_size, tolerance)
+        self.least_side = least or self.least_side
 
     def _detector(self, draft: Path) -> None:
         """One image of one size, in float32.
@@ -363,10 +346,6 @@ class _Export:
             "versions": {name: importlib.metadata.version(name) for name in packages},
         }
 
-    @staticmethod
-    def _shown(sizes: Sequence[int]) -> str:
-        return "x".join(map(str, sizes))
-
 
 class _Exported(nn.Module):
     """A file in the place of the network, so that the task's own test can judge it."""
@@ -377,6 +356,66 @@ class _Exported(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.run(self.of_size(images).float().cpu())[0].to(images.device)
+
+
+def check(
+    reference: nn.Module, run: Runner, image: tuple[int, int, int], free_size: bool, tolerance: float | None
+) -> tuple[list[dict[str, object]], int | None]:
+    """Compares a file with the network at the traced size and others, and looks for the least size.
+
+    Args:
+        reference: The network, in evaluation mode.
+        run: The file.
+        image: (C, H, W) of the data.
+        free_size: Whether images may have other sizes.
+        tolerance: Largest difference, as a part of the largest output; None judges nothing and looks for no size.
+
+    Returns:
+        A row for each shape that was tried, and the least side in pixels from which on file and network agree.
+
+    Raises:
+        Mismatch: If the file differs by more.
+    """
+    channels, height, width = image
+    shapes = list(dict.fromkeys([_traced(image, free_size), *((batch, *image) for batch in BATCHES)]))
+    if free_size:
+        shapes += [(1, channels, height + down, width + right) for down, right in OTHER_SIZES]
+    rows = []
+    for shape in shapes:
+        found = _difference(reference, run, shape, tolerance)
+        if found is None:
+            continue
+        difference, accepted = found
+        rows.append({"images": _shown(shape), "largest difference": difference})
+        if tolerance:
+            rows[-1]["accepted"] = accepted
+        # Also where it is not a number.
+        if tolerance and not difference <= accepted:
+            where = f"the file differs from the network by {difference:.2g} of its largest output"
+            raise Mismatch(f"{where}, for images {_shown(shape)}; {accepted:.2g} would do")
+    if not tolerance or not free_size:
+        return rows, None
+
+    def agrees(side: int) -> bool:
+        try:
+            found = _difference(reference, run, (1, channels, side, side), tolerance)
+        # Each runtime has an error of its own for images that are too small.
+        except Exception:
+            return False
+        return found is not None and found[0] <= found[1]
+
+    # With small images a network may go another way, which a program does not follow that was traced with large ones.
+    return rows, 1 + bisect.bisect_left(range(1, min(height, width)), True, key=agrees)
+
+
+def _traced(image: tuple[int, int, int], free_size: bool) -> tuple[int, int, int, int]:
+    channels, height, width = image
+    least = TRACED_SIDE if free_size else 1
+    return TRACED_BATCH, channels, max(height, least), max(width, least)
+
+
+def _shown(sizes: Sequence[int]) -> str:
+    return "x".join(map(str, sizes))
 
 
 def _difference(
