@@ -5,7 +5,8 @@
 PATH/TO/FOLDERS holds train/CLASS/* and test/CLASS/* with images of 32x32 pixels, such as CIFAR-10 as files. The first
 `--images` training images in an order drawn from a fixed seed train; all test images test, once, after the last epoch.
 The pruned network's epochs are split: sparse training, then fine-tuning. Finished runs are kept beside the output, in a
-file that ends in .partial, so that a benchmark that was stopped goes on.
+file that ends in .partial, so that a benchmark that was stopped goes on; a second process with `--from_the_end` shares
+the work.
 """
 
 import argparse
@@ -95,6 +96,12 @@ def measure(variant, seed, backbone, train, test, epochs):
     }  # fmt: skip
 
 
+def finished(kept):
+    """What the file of finished runs holds: {(variant, seed): run}."""
+    runs = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+    return {(run["variant"], run["seed"]): run for run in runs}
+
+
 def summary(runs):
     """One line for each variant: mean and deviation over its seeds."""
     rows = []
@@ -129,20 +136,20 @@ def main():
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--from_the_end", action="store_true", help="begin with the last run")
     parser.add_argument("--output", type=Path, default=Path("small_scale.json"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore")
     kept = args.output.with_suffix(".partial")
-    runs = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
     train, test = read(args.folder / "train", args.images, 0), read(args.folder / "test", None, 0)
-    done = {(run["variant"], run["seed"]) for run in runs}
     wanted = [(variant, seed) for seed in range(args.seeds) for variant in VARIANTS]
-    for variant, seed in tqdm(wanted, unit="run"):
-        if (variant, seed) not in done:
-            runs.append(measure(variant, seed, args.backbone, train, test, args.epochs))
+    for variant, seed in tqdm(wanted[::-1] if args.from_the_end else wanted, unit="run"):
+        if (variant, seed) not in finished(kept):
+            run = measure(variant, seed, args.backbone, train, test, args.epochs)
             with kept.open("a") as file:
-                file.write(json.dumps(runs[-1]) + "\n")
+                file.write(json.dumps(run) + "\n")
+    runs = [finished(kept)[one] for one in wanted]
     rows = summary(runs)
     print(format_table(rows))
     about = {
@@ -154,7 +161,6 @@ def main():
         "test images": len(test[1]),
     }
     args.output.write_text(json.dumps(about | {"rows": rows, "runs": runs}, indent=2) + "\n")
-    kept.unlink()
 
 
 if __name__ == "__main__":
