@@ -6,7 +6,8 @@
 eager     a forward pass in evaluation mode
 fused     the same behind `fuse`
 compiled  the same by torch.compile with freezing (needs a C++ compiler on CPUs)
-train     forward and backward pass; besides the time, the bytes kept for backward and the peak of memory
+train     forward and backward pass; besides the time, the bytes kept for backward, and the peak of memory with the
+          parameters but without an optimizer
 
 Each round runs every network once in turn, so that a change of the machine's mood meets all of them; what is reported
 is the median over the rounds of slim / plain, with quartiles. Maps are in channels_last.
@@ -80,7 +81,11 @@ def compare(name, networks, what, batch, args):
     rows = []
     memory = {}
     if what == "train":
-        memory = {label: (kept_for_backward(m, x), peak_memory(run, args.device)) for label, (m, run) in made.items()}
+        for label, (model, run) in made.items():
+            # The first step has made gradients, which the next one would hold from the start.
+            model.zero_grad()
+            held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+            memory[label] = (kept_for_backward(model, x), held + peak_memory(run, args.device))
     for label in args.k:
         plain, slim = (1000 * statistics.median(times[each]) for each in ("plain", label))
         row = {
