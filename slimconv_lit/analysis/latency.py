@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 import torchvision
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -94,7 +93,7 @@ def peak_memory(run: Callable[[], object], device: str = "cpu") -> int:
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
-        if event.device_type() == DeviceType.CPU:
+        if event.device_type().name == "CPU":
             held += event.nbytes()
             peak = max(peak, held)
     return peak

@@ -161,7 +161,8 @@ class _Export:
                 self._detector(draft)
             else:
                 self._network(draft)
-            print(f"against the network in torch, as parts of its largest output:\n{format_table(self.checks)}")
+            parts = "the image's longer side (scores as they are)" if self.is_detector else "its largest output"
+            print(f"against the network in torch, as parts of {parts}:\n{format_table(self.checks)}")
             if self.least_side:
                 print(f"right for images with sides from {self.least_side} px on")
             scores = {} if self.own.precision == "float32" else self._scores(draft)
@@ -282,7 +283,7 @@ class _Export:
             for image in self._pictures(shape[2:]):
                 with torch.no_grad():
                     (expected,) = self.network([image[0]])
-                self.checks.append(_compare(expected, run(image), shape[2:]))
+                self.checks.append(compare_detections(expected, run(image), shape[2:]))
             bar.update()
         try:
             run(torch.rand(1, shape[1], shape[2] + 32, shape[3]))
@@ -447,7 +448,7 @@ def _difference(
     return float((actual - expected).abs().max() / largest), max(tolerance or 0.0, min(jumps, MOST))
 
 
-def _compare(expected: dict[str, Tensor], found: Sequence[Tensor], size: Sequence[int]) -> dict[str, object]:
+def compare_detections(expected: dict[str, Tensor], found: Sequence[Tensor], size: Sequence[int]) -> dict[str, object]:
     """How far each detection is from the nearest of the same class on the other side; both ways."""
     boxes, labels, scores = found
     far = torch.cdist(expected["boxes"], boxes, p=torch.inf) / max(size)

@@ -6,6 +6,7 @@ import torch
 from slimconv_lit.cli import main
 from slimconv_lit.experiments import export as verb
 from slimconv_lit.experiments import formats
+from slimconv_lit.usage import UsageError
 
 for package in ("onnx", "onnxscript", "onnxruntime", "openvino"):
     pytest.importorskip(package, reason='needs pip install "slimconv_lit[export]"')
@@ -102,6 +103,27 @@ def test_a_bfloat16_program_of_one_size(runs, monkeypatch):
     assert (found - expected).abs().max() < 0.05 * expected.abs().max()
     program = torch.export.load(target)
     assert {value.dtype for _, value in program.named_parameters()} == {torch.bfloat16}
+
+
+def test_a_detector_is_right_at_its_size_and_takes_no_other(tmp_path):
+    from slimconv_lit.heads import faster_rcnn
+
+    settings = {"min_size": 64, "pyramid_width": 16, "head_width": 32, "rpn_post_nms_top_n_test": 20}
+    network = faster_rcnn("cifar_resnet20", "SlimConv2d", 3, box_score_thresh=0.0, **settings).eval()
+    path = tmp_path / "net.onnx"
+    formats.write_detector(network, torch.rand(1, 3, 64, 80), path, {})
+    run = formats.open_onnx(path)
+    for image in torch.rand(2, 1, 3, 64, 80):
+        with torch.no_grad():
+            (expected,) = network([image[0]])
+        row = verb.compare_detections(expected, run(image), (64, 80))
+        assert row["objects"] > 0
+        assert row["others"] == 0
+    with pytest.raises(Exception, match="invalid dimensions"):
+        run(torch.rand(1, 3, 96, 80))
+    few = {key: value[:2] for key, value in expected.items()}
+    with pytest.raises(UsageError, match="nothing is written: the file finds"):
+        verb.compare_detections(few, run(image), (64, 80))
 
 
 class PadsSmallImages(torch.nn.Module):
