@@ -222,7 +222,9 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         kind = _KINDS.get(func.overloadpacket)
-        if func.overloadpacket is _aten.mean and args[0].ndim == 4 and sorted(d % 4 for d in args[1]) == [2, 3]:
+        # SlimConv's gate pools by a sum, which it scales afterwards.
+        whole = func.overloadpacket in (_aten.mean, _aten.sum) and len(args) > 1 and args[0].ndim == 4
+        if whole and sorted(d % 4 for d in args[1]) == [2, 3]:
             kind = "global_pool"
         if kind is None:
             with self:
