@@ -30,7 +30,7 @@ class Spread:
 
 def spread(values: Sequence[float]) -> Spread:
     """The median and quartiles of `values`, at least two."""
-    low, median, high = statistics.quantiles(values, n=4)
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
     return Spread(median, low, high)
 
 

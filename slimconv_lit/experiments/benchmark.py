@@ -126,6 +126,9 @@ def benchmark(argv: Sequence[str]) -> Path:
     try:
         with torch.random.fork_rng(), tempfile.TemporaryDirectory() as drafts:
             rows = _Benchmark(compared, own, Path(drafts)).measure(kept)
+            kept = [setting for setting in kept if any(vars(setting).items() <= row.items() for row in rows)]
+            if not rows:
+                raise UsageError("benchmark: nothing of what was asked for could be run; see above")
     finally:
         torch.set_num_threads(threads)
     try:
@@ -305,8 +308,13 @@ class _Benchmark:
             torch.set_num_threads(setting.threads)
             torch.manual_seed(0)
             runs, memory = {}, {}
-            for label in self.networks:
-                runs[label], memory[label] = self._prepare(label, setting)
+            try:
+                for label in self.networks:
+                    runs[label], memory[label] = self._prepare(label, setting)
+            # What compilers and runtimes raise has no class in common, and the other settings are worth having.
+            except Exception as error:
+                _told(f"{' '.join(map(str, vars(setting).values()))}: {' '.join(str(error).split())[:300]}")
+                continue
             times = interleaved(runs, self.own.rounds, device=self.own.device)
             against = ratios(times, "plain")
             for label, seconds in times.items():

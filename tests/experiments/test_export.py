@@ -12,6 +12,7 @@ for package in ("onnx", "onnxscript", "onnxruntime", "openvino"):
     pytest.importorskip(package, reason='needs pip install "slimconv_lit[export]"')
 
 QUIET = [f"--trainer.enable_{what}=false" for what in ("progress_bar", "model_summary")]
+FEW = [QUIET[0], "--trainer.limit_test_batches=1", "--data.eval_batch_size=32"]
 SHORT = [*QUIET, "--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.accelerator=cpu"]
 
 
@@ -28,7 +29,7 @@ def runs(tmp_path_factory):
 
 
 def exported(root, *words):
-    assert main(["export", "--ckpt_path=last", "--name=tiny", "--trainer.enable_progress_bar=false", *words]) == 0
+    assert main(["export", "--ckpt_path=last", "--name=tiny", *FEW, *words]) == 0
     folder = max((root / "runs" / "tiny").glob("*-export"), key=lambda path: path.name)
     (facts,) = folder.glob("*.json")
     return folder, json.loads(facts.read_text())
@@ -89,7 +90,7 @@ def test_a_bfloat16_program_of_one_size(runs, monkeypatch):
     monkeypatch.chdir(runs)
     target = runs / "net.pt2"
     before = {path.name for path in (runs / "runs" / "tiny").iterdir()}
-    words = ["--format=torch_export", "--precision=bf16", "--fixed_size", "--trainer.enable_progress_bar=false"]
+    words = ["--format=torch_export", "--precision=bf16", "--fixed_size", *FEW]
     assert main(["export", "--ckpt_path=last", "--name=tiny", f"--output={target}", *words]) == 0
     assert {path.name for path in (runs / "runs" / "tiny").iterdir()} == before
     facts = json.loads(target.with_suffix(".json").read_text())
