@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from slimconv_lit.surgery import PruneReport as PruneReport
     from slimconv_lit.surgery import Report as Report
     from slimconv_lit.surgery import apply_plan as apply_plan
-    from slimconv_lit.surgery import plans_of as plans_of
     from slimconv_lit.surgery import fuse as fuse
+    from slimconv_lit.surgery import plans_of as plans_of
     from slimconv_lit.surgery import prune as prune
     from slimconv_lit.surgery import slimify as slimify
     from slimconv_lit.surgery import substitute as substitute
