@@ -102,7 +102,7 @@ def _run(verb: str, argv: list[str]) -> int:
         if os.environ.get("JSONARGPARSE_DEBUG"):
             raise
         offline = "; the download needs a network (or --data.sample=true, a small sample without one)"
-        print(f"error: {error}{offline if isinstance(error, URLError) else ''}", file=sys.stderr)
+        print(f"error: {_told(error)}{offline if isinstance(error, URLError) else ''}", file=sys.stderr)
         return 2
     except ValueError as error:
         # Light where nothing has failed: only what has read data can raise it.
@@ -110,9 +110,15 @@ def _run(verb: str, argv: list[str]) -> int:
 
         if not isinstance(error, DataError) or os.environ.get("JSONARGPARSE_DEBUG"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_told(error)}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         # `... | head` has read enough; without this, Python would complain once more as it flushes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _told(error: Exception) -> str:
+    """What an error says, without the traceback that is put around it where a loader's process has raised it."""
+    _, name, message = str(error).rpartition(f"{type(error).__name__}: ")
+    return message.strip() if name and str(error).startswith("Caught ") else str(error)

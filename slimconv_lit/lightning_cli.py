@@ -108,6 +108,8 @@ class SlimCLI(LightningCLI):
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         # Our checkpoints hold nothing that would have to be unpickled; a stranger's file must not run code.
         parser.set_defaults(weights_only=True)
+        # Lightning's counts no FLOPs on the CPU and says 0; ours are in the table at the end.
+        parser.set_defaults({"trainer.enable_model_summary": False})
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -182,7 +184,8 @@ class SlimCLI(LightningCLI):
             self.run_folder = RunFolder(path, self.full_config())
             callbacks = self._own_callbacks(callbacks) + callbacks
             if trainer["logger"] in (None, True):
-                kwargs["logger"] = make_loggers(own["logger"], path)
+                # A prediction logs nothing.
+                kwargs["logger"] = make_loggers("csv" if self.verb == "predict" else own["logger"], path)
         if trainer["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             # Lightning would take rich's bar wherever that package happens to be installed.
             # At each step it would wait for the GPU, to print a loss that nobody can read so fast.
@@ -217,6 +220,10 @@ class SlimCLI(LightningCLI):
         """Predicts; a callback writes each batch, so none is kept in memory."""
         self.trainer.predict(**kwargs | {"return_predictions": False})
 
+    def test(self, **kwargs: Any) -> None:
+        """Tests, prints the same table as a fit, and writes results.json."""
+        self._report(self.trainer.test(**kwargs | {"verbose": False}))
+
     def after_fit(self) -> None:
         """Tests the best checkpoint, prints one table and writes results.json."""
         own, folder = self.config_init["fit"], self.run_folder
@@ -224,15 +231,19 @@ class SlimCLI(LightningCLI):
             return
         best = getattr(self.trainer.checkpoint_callback, "best_model_path", "") or None
         tested = self.trainer.test(self.model, self.datamodule, ckpt_path=best, weights_only=True, verbose=False)
+        self._report(tested, seconds=round(folder.seconds, 1))
+
+    def _report(self, tested: Sequence[Mapping[str, float]], **more: float) -> None:
         self.results = {
             "network": describe_network(self.model.hparams),
             **{key: value for of_loader in tested for key, value in of_loader.items()},
             "params": params(self.model.model),
             "macs": macs(*self.model.counted(self.datamodule.input_size)),
-            "seconds": round(folder.seconds, 1),
+            **more,
         }
         if self.trainer.is_global_zero:
-            (folder.path / "results.json").write_text(json.dumps(self.results, indent=2) + "\n")
+            if self.run_folder:
+                (self.run_folder.path / "results.json").write_text(json.dumps(self.results, indent=2) + "\n")
             print(f"\n{format_table([summary(self.results, self.model.monitor)])}\n")
 
 

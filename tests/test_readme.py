@@ -44,5 +44,10 @@ def test_every_link_and_config_leads_somewhere():
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
     for config in re.findall(r"\b[a-z_0-9]+\.yaml\b", README):
-        places = [ROOT / "configs", ROOT / "configs" / "sweeps", ROOT / "slimconv_lit" / "analysis"]
+        places = [ROOT / "configs", *(ROOT / "configs").glob("*/"), ROOT / "slimconv_lit" / "analysis"]
         assert any((place / config).exists() for place in places), config
+
+
+@pytest.mark.parametrize("path", sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")}), ids=lambda path: path.name)
+def test_nothing_is_left_to_be_filled_in(path):
+    assert "@@" not in path.read_text(encoding="utf-8")

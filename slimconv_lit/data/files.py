@@ -124,7 +124,7 @@ def read_image(path: Path, mode: str | None = "RGB") -> Image.Image:
         raise
     except (OSError, SyntaxError, ValueError) as error:
         # PIL names the file in some of its messages only.
-        raise DataError(f"{path} cannot be decoded: {error}. Copy or fetch it again") from error
+        raise DataError(f"{path} cannot be decoded: {error}. Copy or fetch it again, or take it out") from error
 
 
 # How a whole file of each format ends.
@@ -147,7 +147,7 @@ def inspect_image(path: Path) -> tuple[tuple[int, int], str]:
     except FileNotFoundError:
         raise
     except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"{path} cannot be decoded: {error}. Copy or fetch it again") from error
+        raise DataError(f"{path} cannot be decoded: {error}. Copy or fetch it again, or take it out") from error
     if not whole:
         read_image(path)
     return size, mode

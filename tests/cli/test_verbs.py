@@ -156,6 +156,30 @@ def test_predictions_of_a_folder(trained, in_tmp):
     assert (cli.run_folder.path / "pictures" / "predictions.png").is_file()
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_picture_that_is_broken_is_named_in_one_line(workers, trained, in_tmp, capsys):
+    (in_tmp / "photos").mkdir()
+    (in_tmp / "photos" / "broken.jpg").write_bytes(b"no picture")
+    words = [
+        f"--ckpt_path={trained / 'checkpoints' / 'best.ckpt'}",
+        "--data",
+        "photos",
+        f"--data.num_workers={workers}",
+    ]
+    assert main(["predict", *words]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: photos/broken.jpg cannot be decoded")
+    assert line.endswith("or take it out")
+
+
+def test_a_test_prints_and_keeps_what_a_fit_does(trained, in_tmp, capsys):
+    cli = run("test", [f"--ckpt_path={trained / 'checkpoints' / 'best.ckpt'}", *SHORT])
+    results = json.loads((cli.run_folder.path / "results.json").read_text())
+    assert results == {k: v for k, v in json.loads((trained / "results.json").read_text()).items() if k != "seconds"}
+    header = capsys.readouterr().out.partition("test/top1 %")
+    assert header[0].strip().startswith("network")
+
+
 def test_resume_alone_goes_on_with_the_run_s_own_settings(in_tmp):
     whole = ["fit", *DIGITS, "--model.schedule=constant", "--model.lr=0.01", "--test_after=false"]
     assert main([*whole, "--trainer.max_epochs=2", "--name=whole"]) == 0
