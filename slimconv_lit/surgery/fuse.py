@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import isnan
 from typing import Any
@@ -25,7 +24,7 @@ from torch.utils._pytree import tree_iter, tree_map
 from torchvision.ops import FrozenBatchNorm2d
 
 from slimconv_lit.ops.slim_conv import ChannelGate, LinearGate
-from slimconv_lit.surgery.masks import _apart, random_inputs
+from slimconv_lit.surgery.masks import apart, hooked, random_inputs, written
 from slimconv_lit.surgery.prune import SIZES
 from slimconv_lit.surgery.resize import Edits, host_forward, without_norm
 from slimconv_lit.surgery.substitute import one_line, shared_layers
@@ -186,7 +185,7 @@ def _watch(model: nn.Module, example_input: Any) -> tuple[Inputs, _Readers]:
         inputs = _of_the_same_type(shapes, random_inputs(model, shapes))
         readers = _Readers()
         try:
-            with _hooked(model, readers.before, readers.after), torch.no_grad(), readers:
+            with hooked(model, readers.before, readers.after), torch.no_grad(), readers:
                 output = model(*inputs[0], **inputs[1])
         except Exception as error:
             first = first or error
@@ -201,18 +200,6 @@ def _of_the_same_type(shapes: Inputs, drawn: Inputs) -> Inputs:
     """Half precision networks read half precision."""
     cast: Inputs = tree_map(lambda a, b: b.to(a.dtype) if isinstance(a, Tensor) else b, shapes, drawn)
     return cast
-
-
-@contextmanager
-def _hooked(model: nn.Module, before: Callable[..., None], after: Callable[..., None]) -> Iterator[None]:
-    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, (*_WRITERS, *NORMS))]
-    handles = [m.register_forward_pre_hook(lambda m, args, name=n: before(name, m, args)) for n, m in layers]
-    handles += [m.register_forward_hook(lambda m, args, out, name=n: after(name, m, out)) for n, m in layers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 # ---- deciding ------------------------------------------------------------------------------------------------------
@@ -303,7 +290,7 @@ def _prove(original: nn.Module, fused: nn.Module, inputs: Inputs, into: Mapping[
     tolerance = TOLERANCE * torch.finfo(_type_of(fused)).eps
     try:
         outputs = zip(_outputs(original, inputs), _outputs(fused, inputs), strict=True)
-        found, problem = float(np.max([0.0, *(_apart(wanted, got) for wanted, got in outputs)])), ""
+        found, problem = float(np.max([0.0, *(apart(wanted, got) for wanted, got in outputs)])), ""
     except Exception as error:
         found, problem = float("inf"), f" ({one_line(error)})"
     if isnan(found):
@@ -332,7 +319,7 @@ def _type_of(model: nn.Module) -> torch.dtype:
 def _first_difference(
     original: nn.Module, fused: nn.Module, inputs: Inputs, into: Mapping[str, str], tolerance: float
 ) -> str:
-    wanted, found = _written(original, inputs), _written(fused, inputs)
+    wanted, found = written(original, inputs), written(fused, inputs)
     folded = set(into.values())
     for name, there in wanted.items():
         # A layer writes now what its norm wrote; where an activation is part of the norm, the next layer tells.
@@ -340,21 +327,6 @@ def _first_difference(
             continue
         here = found.get(into.get(name, name))
         # What a gate's convolution writes has two axes of size one more than what its linear layer does.
-        if (
-            here is None
-            or not _apart(there, here.reshape(there.shape) if here.ndim < there.ndim else here) <= tolerance
-        ):
+        if here is None or not apart(there, here.reshape(there.shape) if here.ndim < there.ndim else here) <= tolerance:
             return name
     return "no single layer"
-
-
-def _written(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
-    """What each layer writes, as far as the network runs."""
-    seen: dict[str, Tensor] = {}
-
-    def note(name: str, layer: nn.Module, output: Tensor) -> None:
-        seen.setdefault(name, output.clone())
-
-    with suppress(Exception), torch.no_grad(), _hooked(model, lambda *_: None, note):
-        model(*inputs[0], **inputs[1])
-    return seen

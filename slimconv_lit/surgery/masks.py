@@ -8,7 +8,7 @@ it, and the pruned network computes what the masked one does.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -65,9 +65,10 @@ def mask(model: nn.Module, graph: ChannelGraph, removed: Flags) -> None:
 
 
 @contextmanager
-def _hooked(model: nn.Module, before: Any, after: Any) -> Iterator[None]:
+def hooked(model: nn.Module, before: Callable[..., Any], after: Callable[..., Any]) -> Iterator[None]:
+    """Calls `before(name, layer, args)` and `after(name, layer, output)` at each convolution, linear layer and norm."""
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear, *NORMS))]
-    handles = [m.register_forward_pre_hook(lambda m, args, name=n: before(name, m, args[0])) for n, m in layers]
+    handles = [m.register_forward_pre_hook(lambda m, args, name=n: before(name, m, args)) for n, m in layers]
     handles += [m.register_forward_hook(lambda m, args, out, name=n: after(name, m, out)) for n, m in layers]
     try:
         yield
@@ -99,7 +100,8 @@ def read_alive(model: nn.Module, inputs: Inputs, graph: ChannelGraph, removed: F
     def axis_of(layer: nn.Module, x: Tensor) -> int:
         return 1 if isinstance(layer, NORMS) else x.ndim - (1 if isinstance(layer, nn.Linear) else 3)
 
-    def before(name: str, layer: nn.Module, x: Tensor) -> None:
+    def before(name: str, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0]
         others = tuple(d for d in range(x.ndim) if d != axis_of(layer, x))
         last[name] = (x != 0).any(dim=others).numpy(force=True)
         alive[name] = alive.get(name, last[name]) | last[name]
@@ -118,7 +120,7 @@ def read_alive(model: nn.Module, inputs: Inputs, graph: ChannelGraph, removed: F
         shape[axis_of(layer, output)] = -1
         return torch.where(torch.from_numpy(real).to(output.device).view(shape), output, made_up)
 
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), _hooked(probe, before, after):
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), hooked(probe, before, after):
         probe(*inputs[0], **inputs[1])
         with suppress(Exception):
             # Auxiliary heads run only in training, which some inputs are too small for.
@@ -130,7 +132,7 @@ def difference(masked: nn.Module, pruned: nn.Module, inputs: Inputs) -> float:
     """The largest difference of the two networks' outputs, relative to the largest; NaN where one is not finite."""
     with torch.no_grad():
         wanted, found = (_tensors(network(*inputs[0], **inputs[1])) for network in (masked, pruned))
-    return float(np.max([0.0, *(_apart(a, b) for a, b in zip(wanted, found, strict=True))]))
+    return float(np.max([0.0, *(apart(a, b) for a, b in zip(wanted, found, strict=True))]))
 
 
 def first_difference(
@@ -145,26 +147,26 @@ def first_difference(
         kept: The channels that each layer keeps of what it writes, where that is not all.
         tolerance: What `difference` may be.
     """
-    wanted, found = _written(masked, inputs), _written(pruned, inputs)
+    wanted, found = written(masked, inputs), written(pruned, inputs)
     for name in wanted:
         # A norm with a selection in front of it is one level down.
         there, here = wanted[name], found.get(name, found.get(f"{name}.norm"))
         if name in kept:
             axis = there.ndim - 1 if isinstance(masked.get_submodule(name), nn.Linear) else 1
             there = there.index_select(axis, torch.from_numpy(kept[name]).to(there.device))
-        if here is None or not _apart(there, here) <= tolerance:
+        if here is None or not apart(there, here) <= tolerance:
             return name
     return "no single layer"
 
 
-def _written(network: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
+def written(network: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
     """What each layer writes, by name, as far as the network runs."""
     seen: dict[str, Tensor] = {}
 
     def note(name: str, layer: nn.Module, output: Tensor) -> None:
         seen.setdefault(name, output.clone())
 
-    with suppress(Exception), torch.no_grad(), _hooked(network, lambda *_: None, note):
+    with suppress(Exception), torch.no_grad(), hooked(network, lambda *_: None, note):
         network(*inputs[0], **inputs[1])
     return seen
 
@@ -173,7 +175,8 @@ def _tensors(output: Any) -> list[Tensor]:
     return [leaf for leaf in tree_iter(output) if isinstance(leaf, Tensor)]
 
 
-def _apart(wanted: Tensor, found: Tensor) -> float:
+def apart(wanted: Tensor, found: Tensor) -> float:
+    """The largest difference, relative to the largest value; infinite where the shapes differ."""
     if wanted.shape != found.shape:
         return float("inf")
     largest = wanted.abs().max().clamp_min(torch.finfo(wanted.dtype).tiny)

@@ -12,7 +12,7 @@ for package in ("onnx", "onnxscript", "onnxruntime", "openvino"):
     pytest.importorskip(package, reason='needs pip install "slimconv_lit[export]"')
 
 QUIET = [f"--trainer.enable_{what}=false" for what in ("progress_bar", "model_summary")]
-FEW = [QUIET[0], "--trainer.limit_test_batches=1", "--data.eval_batch_size=32"]
+FEW = [QUIET[0], "--data.eval_batch_size=32"]
 SHORT = [*QUIET, "--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.accelerator=cpu"]
 
 
