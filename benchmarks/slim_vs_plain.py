@@ -1,16 +1,18 @@
 """Time and memory of a plain network against the same network after `slimify`, both given the same treatment.
 
-    python benchmarks/slim_vs_plain.py resnet50 --k 4/3 8/3 --batch 1 16 --what eager fused train
-    python benchmarks/slim_vs_plain.py resnet50 --batch 1 16 --what compiled
+    python benchmarks/slim_vs_plain.py resnet50 --k 4/3 8/3 --batch 1 16 --what eager fused compiled
+    python benchmarks/slim_vs_plain.py resnet50 --k 4/3 8/3 --batch 16 --what train train-compiled
 
-eager     a forward pass in evaluation mode
-fused     the same behind `fuse`
-compiled  the same by torch.compile with freezing (needs a C++ compiler on CPUs)
-train     forward and backward pass; besides the time, the bytes kept for backward, and the peak of memory with the
-          parameters but without an optimizer
+eager           a forward pass in evaluation mode
+fused           the same behind `fuse`
+compiled        the same by torch.compile with freezing (needs a C++ compiler on CPUs)
+train           forward and backward pass; besides the time, the bytes kept for backward, and the peak of memory with
+                the parameters but without an optimizer
+train-compiled  the same by torch.compile
 
 Each round runs every network once in turn, so that a change of the machine's mood meets all of them; what is reported
-is the median over the rounds of slim / plain, with quartiles. Maps are in channels_last.
+is the median over the rounds of slim / plain, with quartiles. Maps are in channels_last. Memory that a network frees
+stays with the process, as in `fit` on a CPU; `--memory returned` is what the C library does by itself.
 """
 
 import argparse
@@ -25,27 +27,30 @@ import torchvision
 from slimconv_lit import fuse, slimify
 from slimconv_lit.analysis.complexity import macs
 from slimconv_lit.analysis.latency import interleaved, machine, peak_memory, ratios
+from slimconv_lit.memory import keep_memory
 from slimconv_lit.tables import format_table
 
-TREATMENTS = ("eager", "fused", "compiled", "train")
+TREATMENTS = ("eager", "fused", "compiled", "train", "train-compiled")
 
 
 def treated(network, what, x):
     """What is timed: a call without arguments."""
-    model = copy.deepcopy(network).to(x.device, memory_format=torch.channels_last).train(what == "train")
-    if what == "train":
+    model = copy.deepcopy(network).to(x.device, memory_format=torch.channels_last).train(what.startswith("train"))
+    run = model
+    if what.startswith("train"):
+        if what == "train-compiled":
+            run = torch.compile(model, dynamic=False)
 
         def step():
             model.zero_grad()
-            model(x).float().square().mean().backward()
+            run(x).float().square().mean().backward()
 
         return model, step
-    if what == "fused":
+    if what in ("fused", "compiled"):
+        # Compilers fold norms too, but leave gates convolutions.
         fuse(model)
-    run = model
     if what == "compiled":
-        torch._inductor.config.freezing = True
-        run = torch.compile(model)
+        run = torch.compile(model, dynamic=False, options={"freezing": True})
 
     def forward():
         with torch.no_grad():
@@ -80,7 +85,7 @@ def compare(name, networks, what, batch, args):
     counts = {label: macs(network, (3, args.size, args.size)) for label, network in networks.items()}
     rows = []
     memory = {}
-    if what == "train":
+    if what.startswith("train"):
         for label, (model, run) in made.items():
             # The first step has made gradients, which the next one would hold from the start.
             model.zero_grad()
@@ -115,10 +120,13 @@ def main():
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--memory", choices=["kept", "returned"], default="kept", help="see slimconv_lit/memory.py")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="write the table and what it was measured on to this .json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.memory == "kept":
+        keep_memory()
 
     rows = []
     for name in args.names:

@@ -32,9 +32,11 @@ from slimconv_lit.callbacks.run_folder import make_checkpoints, make_loggers, ne
 from slimconv_lit.config_files import Config, compose
 from slimconv_lit.data import BaseDataModule
 from slimconv_lit.errors import Parser, explain
+from slimconv_lit.memory import keep_memory
 from slimconv_lit.quiet import quieten
 from slimconv_lit.tables import format_table
 from slimconv_lit.tasks import BaseTask
+from slimconv_lit.tasks.base import BAR_EVERY
 from slimconv_lit.usage import UsageError
 
 # Arguments of the task that only the datamodule knows, and where they come from.
@@ -160,6 +162,8 @@ class SlimCLI(LightningCLI):
         network = self.model.model
         if own["channels_last"] or (own["channels_last"] is None and on_gpu):
             network.to(memory_format=torch.channels_last)
+        if not on_gpu:
+            keep_memory()
         if own["matmul_precision"] or on_gpu:
             torch.set_float32_matmul_precision(own["matmul_precision"] or "high")
         if own["compile"]:
@@ -189,7 +193,7 @@ class SlimCLI(LightningCLI):
         if trainer["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             # Lightning would take rich's bar wherever that package happens to be installed.
             # At each step it would wait for the GPU, to print a loss that nobody can read so fast.
-            callbacks.append(TQDMProgressBar(refresh_rate=10))
+            callbacks.append(TQDMProgressBar(refresh_rate=BAR_EVERY))
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
     def _own_callbacks(self, given: Sequence[Callback]) -> list[Callback]:

@@ -32,6 +32,7 @@ from slimconv_lit.experiments.export import check_checkpoint
 from slimconv_lit.experiments.formats import FORMATS
 from slimconv_lit.heads import WithoutProposals, deeplab_v3plus, faster_rcnn
 from slimconv_lit.lightning_cli import describe_network, open_checkpoint
+from slimconv_lit.memory import keep_memory
 from slimconv_lit.ops import OperatorFactory, OperatorLike, SlimConv2d, describe_operator, operator_classes
 from slimconv_lit.surgery import fuse
 from slimconv_lit.surgery.plan import plans_of
@@ -123,6 +124,8 @@ def benchmark(argv: Sequence[str]) -> Path:
     if not kept:
         raise UsageError("benchmark: nothing of what was asked for can be run; see above")
     threads = torch.get_num_threads()
+    # Else the time that the system takes to hand out memory is measured too, and it comes and goes.
+    keep_memory()
     try:
         with torch.random.fork_rng(), tempfile.TemporaryDirectory() as drafts:
             rows = _Benchmark(compared, own, Path(drafts)).measure(kept)

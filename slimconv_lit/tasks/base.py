@@ -14,10 +14,14 @@ from pytorch_lightning.utilities import rank_zero_info
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
+from torchmetrics import Metric
 
 from slimconv_lit.backbones.weights import load_weights
 from slimconv_lit.ops import OperatorFactory, OperatorLike, describe_operator
 from slimconv_lit.surgery import apply_plans, plans_of
+
+BAR_EVERY = 10
+"""Steps between two looks of the progress bar; at each, it waits for the GPU."""
 
 if TYPE_CHECKING:
     OperatorArgument = OperatorLike
@@ -40,6 +44,35 @@ class Picture(NamedTuple):
     caption: str
     correct: bool | None = None
     legend: Mapping[str, str] = MappingProxyType({})
+
+
+class BatchMeans(Metric):
+    """Means over the images of an epoch, of what each batch says is its own mean.
+
+    Logging at every step costs more than a small network's step; these are a sum and a count until the epoch ends.
+
+    Args:
+        names: Of what is averaged.
+    """
+
+    full_state_update = False
+    totals: Tensor
+    images: Tensor
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__()
+        self.names = tuple(names)
+        self.add_state("totals", torch.zeros(len(self.names)), dist_reduce_fx="sum")
+        self.add_state("images", torch.zeros(()), dist_reduce_fx="sum")
+
+    def update(self, images: int, **means: Tensor) -> None:
+        """Adds a batch of so many `images`, with a mean (a scalar) for each name."""
+        self.totals += images * torch.stack([means[name].detach().to(self.totals) for name in self.names])
+        self.images += images
+
+    def compute(self) -> dict[str, Tensor]:
+        """The means by name; not a number where there was no batch."""
+        return dict(zip(self.names, self.totals / self.images, strict=True))
 
 
 class MovingAverage(EMAWeightAveraging):
@@ -69,6 +102,8 @@ class MovingAverage(EMAWeightAveraging):
 class BaseTask(pl.LightningModule):
     """A task is its hyperparameters plus three hooks: `build_model`, `build_loss` and `build_metrics`.
 
+    A training step hands its loss to `track`, which logs it where somebody looks, and its mean at the epoch's end.
+
     All hyperparameters, those of subclasses too, are in `self.hparams` as plain values before the hooks are called.
 
     Args:
@@ -94,6 +129,8 @@ class BaseTask(pl.LightningModule):
     monitor: str = "val/loss"
     """The metric that the best checkpoint is chosen by."""
     monitor_mode: Literal["min", "max"] = "min"
+    tracked: tuple[str, ...] = ("loss",)
+    """What is logged of training, as train/loss and so on."""
 
     def __init__(
         self,
@@ -125,6 +162,7 @@ class BaseTask(pl.LightningModule):
         self.hparams["weights_exclude"] = list(weights_exclude)
         self.model = self.build_model()
         self.loss = self.build_loss()
+        self.train_means = BatchMeans(self.tracked)
         self.build_metrics()
         # A checkpoint of this task holds what the first weights became; reading it must not ask for them again.
         options = self.hparams["backbone_options"] or {}
@@ -179,8 +217,37 @@ class BaseTask(pl.LightningModule):
         names: Sequence[str] | None = getattr(getattr(self._trainer, "datamodule", None), "class_names", None)
         return names or [str(number) for number in range(self.hparams["num_classes"])]
 
+    def track(self, batch_idx: int, images: int, **means: Tensor) -> None:
+        """Takes note of a training step: of its loss and the like, means over so many `images`, named as in `tracked`.
+
+        Loggers and the progress bar are told the loss as often as they look.
+        """
+        self.train_means.update(images, **means)
+        trainer = self._trainer
+        if trainer is None:
+            return
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        logged = every and (self.global_step + 1) % every == 0
+        if logged or (batch_idx + 1) % BAR_EVERY == 0 or trainer.is_last_batch:
+            self.log("train/loss_step", means["loss"], on_epoch=False, prog_bar=True)
+
+    def on_train_epoch_start(self) -> None:
+        """Forgets the last epoch."""
+        self.train_means.reset()
+
+    def on_train_epoch_end(self) -> None:
+        """Logs the epoch's means."""
+        means = {f"train/{name}": value.to(self.device) for name, value in self.train_means.compute().items()}
+        # `compute` has put the processes' parts together, so all have the same; Lightning warns unless told to ask.
+        self.log_dict(means, sync_dist=True)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Notes what was pruned, and the classes, which Lightning leaves out unless its command line built them."""
+        """Notes what was pruned, and the classes, which Lightning leaves out unless its command line built them.
+
+        Also what has been summed of an epoch that is not over yet, by all processes.
+        """
+        with self.train_means.sync_context():
+            checkpoint["train_means"] = {name: getattr(self.train_means, name).clone() for name in ("totals", "images")}
         parts = {"model": self, "data": getattr(self.trainer, "datamodule", None)}
         classes = {part: type(value) for part, value in parts.items() if value is not None}
         checkpoint["class_paths"] = {part: f"{cls.__module__}.{cls.__qualname__}" for part, cls in classes.items()}
@@ -188,8 +255,12 @@ class BaseTask(pl.LightningModule):
             checkpoint["pruned"] = plans
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Prunes the network as that of the checkpoint was, before its weights are read."""
+        """Prunes the network as that of the checkpoint was, before its weights are read; an epoch's sums go on."""
         apply_plans(self.model, checkpoint.get("pruned", {}))
+        # The first process alone, for they are those of all.
+        if self.global_rank == 0:
+            for name, state in checkpoint.get("train_means", {}).items():
+                getattr(self.train_means, name).copy_(state)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """What the optimizer is given: groups of parameters, with what differs from `lr` and `weight_decay` in each."""

@@ -30,6 +30,7 @@ class ClassificationTask(BaseTask):
 
     monitor = "val/top1"
     monitor_mode: Literal["min", "max"] = "max"
+    tracked = ("loss", "top1")
 
     def __init__(
         self,
@@ -72,7 +73,6 @@ class ClassificationTask(BaseTask):
         }
         self.val_metrics = MetricCollection(accuracies, prefix="val/")
         self.test_metrics = self.val_metrics.clone(prefix="test/")
-        self.train_metrics = MetricCollection({"top1": MulticlassAccuracy(classes, **way)}, prefix="train/")
         self.test_confusion = MulticlassConfusionMatrix(classes, validate_args=False)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
@@ -81,10 +81,7 @@ class ClassificationTask(BaseTask):
         mixed, targets = self.mix(images, labels) if self.mix else (images, labels)
         logits = self(mixed)
         loss: Tensor = self.loss(logits, targets)
-        self.log("train/loss_step", loss, on_epoch=False, prog_bar=True)
-        self.log("train/loss", loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(images))
-        self.train_metrics.update(logits, labels)
-        self.log_dict(self.train_metrics, on_step=False, on_epoch=True, batch_size=len(images))
+        self.track(batch_idx, len(images), loss=loss, top1=(logits.argmax(1) == labels).float().mean())
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:

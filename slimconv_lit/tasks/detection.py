@@ -65,6 +65,7 @@ class DetectionTask(BaseTask):
 
     monitor = "val/map"
     monitor_mode: Literal["min", "max"] = "max"
+    tracked = ("loss", "loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg")
 
     def __init__(
         self,
@@ -171,10 +172,7 @@ class DetectionTask(BaseTask):
         loss: Tensor = self.loss(parts)
         if not loss.isfinite():
             self._stop(parts, targets)
-        size = len(images)
-        self.log("train/loss_step", loss, on_epoch=False, prog_bar=True)
-        whole = {"train/loss": loss} | {f"train/{name}": part for name, part in parts.items()}
-        self.log_dict(whole, on_step=False, on_epoch=True, sync_dist=True, batch_size=size)
+        self.track(batch_idx, len(images), loss=loss, **parts)
         return loss
 
     def _stop(self, parts: Mapping[str, Tensor], targets: Sequence[dict[str, Any]]) -> None:

@@ -143,8 +143,7 @@ class SegmentationTask(BaseTask):
         """The loss of one batch."""
         images, labels = batch
         loss: Tensor = self.loss(self(images), labels)
-        self.log("train/loss_step", loss, on_epoch=False, prog_bar=True)
-        self.log("train/loss", loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(images))
+        self.track(batch_idx, len(images), loss=loss)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:

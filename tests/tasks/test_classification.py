@@ -1,14 +1,17 @@
+import csv
 from itertools import pairwise
 
 import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger
 from torch.utils.data import DataLoader, TensorDataset
 
 from slimconv_lit.data import DigitsDataModule
 from slimconv_lit.ops import SlimConv2d
 from slimconv_lit.tasks import ClassificationTask
+from slimconv_lit.tasks.base import BatchMeans
 
 SMALL = {"backbone": "cifar_resnet20", "num_classes": 10, "in_channels": 1}
 
@@ -161,11 +164,30 @@ def test_mixing_changes_training_only(mix):
     assert 0 <= fit.callback_metrics["train/top1"] <= 1
 
 
-def test_metrics_are_apart_from_each_other():
-    """Validation at the end of an epoch must not reset what training gathered."""
+def test_an_epochs_means_are_over_images():
+    """The last batch may be smaller; and validation, which comes before the epoch's end, must not reset them."""
+    means = BatchMeans(["loss", "top1"])
+    for size, loss, top1 in ((4, 1.0, 0.5), (2, 4.0, 1.0)):
+        means.update(size, loss=torch.tensor(loss, requires_grad=True), top1=torch.tensor(top1))
+    assert {name: value.item() for name, value in means.compute().items()} == {
+        "loss": 2.0,
+        "top1": pytest.approx(2 / 3),
+    }
     task = ClassificationTask(**SMALL)
-    metrics = [task.train_metrics["top1"], task.val_metrics["top1"], task.test_metrics["top1"]]
-    assert len(set(map(id, metrics))) == 3
+    fit = trainer(max_epochs=1)
+    seen = []
+    task.loss.register_forward_hook(lambda *call: seen.append((len(call[1][0]), call[2].item())))
+    fit.fit(task, few())
+    expected = sum(size * loss for size, loss in seen) / sum(size for size, _ in seen)
+    assert fit.callback_metrics["train/loss"].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_loss_of_a_step_is_logged_where_loggers_look(tmp_path):
+    logger = CSVLogger(tmp_path, name="", version="")
+    fit = trainer(max_steps=7, log_every_n_steps=3, logger=logger)
+    fit.fit(ClassificationTask(**SMALL), few())
+    rows = [row for row in csv.DictReader((tmp_path / "metrics.csv").open()) if row["train/loss_step"]]
+    assert [int(row["step"]) for row in rows] == [2, 5]
 
 
 def test_no_top5_among_few_classes():
