@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(verb: str, argv: list[str]) -> int:
+    from slimconv_lit.faults import RunError
     from slimconv_lit.usage import UsageError
 
     try:
@@ -96,9 +97,9 @@ def _run(verb: str, argv: list[str]) -> int:
     except SystemExit as done:
         # What `--help` and `--print_config` end with.
         return done.code if isinstance(done.code, int) else int(done.code is not None)
-    except (FileNotFoundError, FloatingPointError, URLError) as error:
-        # Missing data, failed downloads and losses that are not finite are the user's to mend; the message says how, a
-        # traceback does not.
+    except (FileNotFoundError, FloatingPointError, URLError, RunError) as error:
+        # Missing data, failed downloads, losses that are not finite and faults of the machine are the user's to mend;
+        # the message says how, a traceback does not.
         if os.environ.get("JSONARGPARSE_DEBUG"):
             raise
         offline = "; the download needs a network (or --data.sample=true, a small sample without one)"

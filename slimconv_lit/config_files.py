@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 from jsonargparse import get_loader
 
+from slimconv_lit.checkpoint_files import read_checkpoint
 from slimconv_lit.ops.base import closest
 
 Config: TypeAlias = dict[str, Any]
@@ -90,9 +91,7 @@ def _same_class(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
 
 def checkpoint_config(path: Path) -> Config:
     """The `model` and `data` parts that a checkpoint was trained with, as far as it carries them."""
-    import torch
-
-    checkpoint = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    checkpoint = read_checkpoint(path)
     config: Config = {}
     for part, key in (("model", "hyper_parameters"), ("data", "datamodule_hyper_parameters")):
         init_args = dict(checkpoint.get(key) or {})

@@ -1,6 +1,5 @@
 """fit, validate, test and predict: LightningCLI with run folders, composed configs and checkpoints that are enough."""
 
-import contextlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -8,12 +7,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from jsonargparse.typing import PositiveInt
+from lightning_fabric.plugins import CheckpointIO
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Trainer
 from pytorch_lightning.accelerators import CUDAAccelerator
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint, ProgressBar, TQDMProgressBar
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from slimconv_lit.analysis.complexity import macs, params
 from slimconv_lit.backbones.stages import WithoutWeights
@@ -21,6 +24,7 @@ from slimconv_lit.callbacks import (
     ClassReport,
     DetectionReport,
     DetectionWriter,
+    FiniteLoss,
     LastValidation,
     MaskWriter,
     PredictionWriter,
@@ -28,10 +32,14 @@ from slimconv_lit.callbacks import (
     SegmentationReport,
     Visualize,
 )
-from slimconv_lit.callbacks.run_folder import make_checkpoints, make_loggers, new_run_folder
+from slimconv_lit.callbacks.checkpoints import DurableIO, RandomState, make_checkpoints
+from slimconv_lit.callbacks.loggers import make_loggers, tell
+from slimconv_lit.callbacks.run_folder import Lock, new_run_folder
+from slimconv_lit.checkpoint_files import read_checkpoint
 from slimconv_lit.config_files import Config, compose
 from slimconv_lit.data import BaseDataModule
 from slimconv_lit.errors import Parser, explain
+from slimconv_lit.faults import RunError, explain_fault
 from slimconv_lit.memory import keep_memory
 from slimconv_lit.quiet import quieten
 from slimconv_lit.tables import format_table
@@ -45,6 +53,9 @@ _LINKS = {"num_classes": ("data.num_classes", None), "in_channels": ("data.input
 _REPORTS = (ClassReport, SegmentationReport, DetectionReport)
 _WRITERS = (PredictionWriter, MaskWriter, DetectionWriter)
 
+TERMINATED = 143
+"""Exit status of a run that was told to end and has saved: 128 + SIGTERM, as shells count."""
+
 
 class SlimCLI(LightningCLI):
     """One verb of Lightning's, with its run folder.
@@ -56,6 +67,7 @@ class SlimCLI(LightningCLI):
     """
 
     run_folder: RunFolder | None = None
+    lock: Lock | None = None
     results: dict[str, Any]
 
     def __init__(self, verb: str, args: Sequence[str], purpose: str | None = None) -> None:
@@ -74,11 +86,17 @@ class SlimCLI(LightningCLI):
                 auto_configure_optimizers=False,
                 args=[verb, *args],
             )
+        except BaseException:
+            if self.run_folder and not self.run_folder.discard_if_empty():
+                print(f"in {self.run_folder.path}")
+            raise
         finally:
             # A W&B run that is left open would take in the next one of this process.
             for logger in self.trainer.loggers if getattr(self, "trainer", None) else ():
                 if isinstance(logger, WandbLogger):
-                    logger.experiment.finish()
+                    tell(logger, lambda: logger.experiment.finish())  # noqa: B023 (it is called here)
+            if self.lock:
+                self.lock.release()
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """The verb alone: building all four parsers takes four times as long."""
@@ -103,6 +121,15 @@ class SlimCLI(LightningCLI):
         )
         if self.verb == "fit":
             parser.add_argument("--test_after", type=bool, default=True, help="Test the best checkpoint at the end.")
+            parser.add_argument(
+                "--save_every", type=PositiveInt | None, help="Steps between two last.ckpt; null for validations only."
+            )
+            parser.add_argument(
+                "--on_bad_loss",
+                type=Literal["raise", "skip"],
+                default="raise",
+                help="Stop at a loss that is not finite, or let up to 1 % of an epoch's batches go by.",
+            )
         for target, (source, compute) in _LINKS.items():
             parser.link_arguments(source, f"model.init_args.{target}", compute_fn=compute, apply_on="instantiate")
 
@@ -145,9 +172,6 @@ class SlimCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (ValueError, MisconfigurationException) as error:
-            if self.run_folder:
-                with contextlib.suppress(OSError):
-                    self.run_folder.path.rmdir()
             if os.environ.get("JSONARGPARSE_DEBUG"):
                 raise
             hint = "\n(JSONARGPARSE_DEBUG=true shows where it was raised)"
@@ -173,7 +197,7 @@ class SlimCLI(LightningCLI):
     def _take_shape(self, path: str) -> None:
         """Prunes the network as the checkpoint's was: Lightning would do it when callbacks have copied the network."""
         try:
-            self.model.on_load_checkpoint(_read_checkpoint(path))
+            self.model.on_load_checkpoint(read_checkpoint(Path(path)))
         except ValueError as error:
             raise UsageError(f"{path}: {error}") from error
 
@@ -184,7 +208,7 @@ class SlimCLI(LightningCLI):
         callbacks = trainer["callbacks"] or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
         if not trainer["fast_dev_run"]:
-            path = new_run_folder(Path(own["run_root"]), own["name"] or self.verb, self.purpose)
+            path = self._open_folder(own)
             self.run_folder = RunFolder(path, self.full_config())
             callbacks = self._own_callbacks(callbacks) + callbacks
             if trainer["logger"] in (None, True):
@@ -194,16 +218,46 @@ class SlimCLI(LightningCLI):
             # Lightning would take rich's bar wherever that package happens to be installed.
             # At each step it would wait for the GPU, to print a loss that nobody can read so fast.
             callbacks.append(TQDMProgressBar(refresh_rate=BAR_EVERY))
-        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        plugins = trainer["plugins"] if isinstance(trainer["plugins"], list) else [trainer["plugins"]]
+        plugins = [plugin for plugin in plugins if plugin is not None]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins.append(DurableIO())
+        return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
+
+    def _open_folder(self, own: Mapping[str, Any]) -> Path:
+        """The folder of this run: that of the one that goes on, or a new one.
+
+        Raises:
+            UsageError: If it cannot be written to, or another process is writing into it.
+        """
+        home, last = Path(own["run_root"], own["name"] or self.verb), Path(own.get("ckpt_path") or "").resolve()
+        goes_on = self.verb == "fit" and last.match("checkpoints/last.ckpt")
+        try:
+            if goes_on and last.parent.parent.parent == home.resolve():
+                path = home / last.parent.parent.name
+            else:
+                path = new_run_folder(home.parent, home.name, self.purpose)
+            # The other processes of a distributed run write nothing.
+            if self.verb == "fit" and not rank_zero_only.rank:  # type: ignore[attr-defined]
+                self.lock = Lock(path)
+        except BlockingIOError as error:
+            raise UsageError(f"{error}; wait for its end, or begin a new run there with another --name") from error
+        except OSError as error:
+            raise UsageError(f"--run_root={own['run_root']}: cannot write into {home}: {error.strerror}") from error
+        return path
 
     def _own_callbacks(self, given: Sequence[Callback]) -> list[Callback]:
         assert self.run_folder
+        own = self.config_init[self.verb]
         checkpoint = not any(isinstance(c, ModelCheckpoint) for c in given)
         reports: list[Callback] = [Visualize(), *(report() for report in _REPORTS)]
         match self.verb:
-            case "fit" if checkpoint and self.config_init["fit"]["trainer"]["enable_checkpointing"] is not False:
-                savers = make_checkpoints(self.run_folder.path, self.model.monitor, self.model.monitor_mode)
-                return [self.run_folder, LastValidation(), *reports, *savers]
+            case "fit":
+                callbacks = [self.run_folder, RandomState(), FiniteLoss(own["on_bad_loss"]), LastValidation(), *reports]
+                if checkpoint and own["trainer"]["enable_checkpointing"] is not False:
+                    monitor = (self.model.monitor, self.model.monitor_mode)
+                    callbacks += make_checkpoints(self.run_folder.path, *monitor, every=own["save_every"])
+                return callbacks
             case "predict":
                 return [self.run_folder, *(writer() for writer in _WRITERS)]
             case _:
@@ -219,6 +273,29 @@ class SlimCLI(LightningCLI):
         # The file is a recipe, not a resumption.
         config["ckpt_path"] = None
         return config
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Runs the verb.
+
+        Raises:
+            RunError: If memory has run out or a process that loads images has died; it says what to lower.
+            SystemExit: If the process was told to end (SIGTERM): a fit has saved last.ckpt, and the status is 143.
+        """
+        try:
+            super()._run_subcommand(subcommand)
+        except SIGTERMException:
+            if subcommand == "fit":
+                print("told to end; `fit --ckpt_path last` goes on")
+            raise SystemExit(TERMINATED) from None
+        except (RuntimeError, MemoryError) as error:
+            if not (told := explain_fault(error, self._batch())) or os.environ.get("JSONARGPARSE_DEBUG"):
+                raise
+            raise RunError(told) from error
+
+    def _batch(self) -> str:
+        data, fitting = self.datamodule, self.verb == "fit"
+        key = "batch_size" if fitting else "eval_batch_size"
+        return f"{getattr(data, key)} images of {' x '.join(map(str, data.input_size))} at a time (--data.{key})"
 
     def predict(self, **kwargs: Any) -> None:
         """Predicts; a callback writes each batch, so none is kept in memory."""
@@ -249,11 +326,6 @@ class SlimCLI(LightningCLI):
             if self.run_folder:
                 (self.run_folder.path / "results.json").write_text(json.dumps(self.results, indent=2) + "\n")
             print(f"\n{format_table([summary(self.results, self.model.monitor)])}\n")
-
-
-def _read_checkpoint(path: str) -> dict[str, Any]:
-    checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    return checkpoint
 
 
 class _Built(SlimCLI):
@@ -324,7 +396,7 @@ def open_checkpoint(purpose: str, argv: Sequence[str]) -> SlimCLI:
     cli = _Opened("predict", args, purpose)
     path = cli.config["predict"]["ckpt_path"]
     try:
-        cli.model.load_state_dict(_read_checkpoint(path)["state_dict"])
+        cli.model.load_state_dict(read_checkpoint(Path(path))["state_dict"])
     except RuntimeError as error:
         raise UsageError(f"{path}: {error}") from error
     # As a running verb would: the task asks the datamodule for class names and for its normalisation.

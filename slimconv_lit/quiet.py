@@ -8,6 +8,8 @@ _WARNINGS = {
     r".*isinstance\(treespec, LeafSpec\).*": FutureWarning,
     # The run folder is new; what lies in it already are the other logger's files and the configuration.
     r"Experiment logs directory .* exists and is not empty.*": UserWarning,
+    # The same of a run that goes on in its folder.
+    r"Checkpoint directory .* exists and is not empty.*": UserWarning,
 }
 _MESSAGES = (
     # Advertisements of other products.

@@ -6,6 +6,7 @@
 from slimconv_lit.callbacks.class_report import ClassReport
 from slimconv_lit.callbacks.detection_report import DetectionReport
 from slimconv_lit.callbacks.detections import DetectionWriter
+from slimconv_lit.callbacks.finite_loss import FiniteLoss
 from slimconv_lit.callbacks.last_validation import LastValidation
 from slimconv_lit.callbacks.predictions import PredictionWriter
 from slimconv_lit.callbacks.run_folder import RunFolder
@@ -18,6 +19,7 @@ __all__ = [
     "ClassReport",
     "DetectionReport",
     "DetectionWriter",
+    "FiniteLoss",
     "LastValidation",
     "MaskWriter",
     "PredictionWriter",

@@ -87,8 +87,9 @@ class DetectionWriter(BasePredictionWriter):
         classes = pl_module.hparams["num_classes"]
         category_ids = getattr(data, "category_ids", None) or range(1, classes + 1)
         with self._part(trainer, trainer.global_rank).open("a") as file:
-            for found, index in zip(prediction, batch_indices or (), strict=True):
-                number = self._image_ids.get(found["name"], index + 1)
+            for i, found in enumerate(prediction):
+                # Where a picture was left out, the indices are more than the predictions; the data set's numbers hold.
+                number = self._image_ids.get(found["name"]) or (batch_indices or ())[i] + 1
                 for row in coco_results(found, number, found["name"], category_ids):
                     file.write(json.dumps(row) + "\n")
         for found, picture in zip(prediction, pl_module.draw(batch, prediction), strict=True):

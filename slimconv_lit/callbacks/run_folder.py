@@ -2,26 +2,30 @@
 
 runs/<name>/<date-time>/config.yaml is the whole configuration; `fit --config` takes it back. Beside it lie metrics.csv
 with every logged number, tensorboard/, checkpoints/best.ckpt and last.ckpt, pictures/ with what the callbacks drew, and
-results.json with what the best checkpoint reached on the test set.
+results.json with what the best checkpoint reached on the test set. A fit that is resumed from its last.ckpt goes on in
+its folder; what metrics.csv has from after that checkpoint is dropped, so it is that of a run without a break.
 """
 
 import os
+import shutil
+import sys
 import time
 from collections.abc import Mapping
 from datetime import datetime
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytorch_lightning as pl
 import yaml  # type: ignore[import-untyped]
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint
-from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
-from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.loggers import CSVLogger, WandbLogger
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_only
 
-from slimconv_lit.ops.base import closest
+from slimconv_lit.callbacks.loggers import MetricsFile
 
-LOGGERS = ("csv", "tensorboard", "wandb")
+if sys.platform != "win32":
+    import fcntl
 
 
 def new_run_folder(root: Path, name: str, verb: str = "fit") -> Path:
@@ -44,31 +48,36 @@ def new_run_folder(root: Path, name: str, verb: str = "fit") -> Path:
     raise AssertionError("unreachable")
 
 
-def make_loggers(names: str, folder: Path) -> list[Logger]:
-    """The loggers that the comma-separated `names` ask for, writing into `folder`; metrics.csv is always among them.
+class Lock:
+    """Keeps a second process from writing into a run's folder. It ends with the process, however that ends.
+
+    Args:
+        folder: Of the run; it is there and can be written to.
 
     Raises:
-        ValueError: If a name is unknown.
+        BlockingIOError: If another process holds it; the message names that.
+        OSError: If the folder cannot be written to.
     """
-    wanted = [name.strip() for name in names.split(",") if name.strip()]
-    for name in wanted:
-        if name not in LOGGERS:
-            raise ValueError(f"--logger: there is no {name!r}; {closest(name, LOGGERS)}")
-    loggers: list[Logger] = []
-    if "tensorboard" in wanted:
-        loggers.append(TensorBoardLogger(folder / "tensorboard", name="", version="", default_hp_metric=False))
-    if "wandb" in wanted:
-        project = os.environ.get("WANDB_PROJECT", "slimconv_lit")
-        loggers.append(WandbLogger(f"{folder.parent.name}/{folder.name}", save_dir=folder, project=project))
-    # Last: callbacks that write pictures or histograms look at the first logger only.
-    return [*loggers, CSVLogger(folder, name="", version="")]
 
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / ".lock"
+        self._file = self._path.open("a+")
+        if sys.platform == "win32":
+            return
+        try:
+            # Not `flock`: processes that load images would inherit it, and outlive a killed parent by seconds.
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            self._file.seek(0)
+            raise BlockingIOError(f"process {self._file.read() or '?'} is writing into {folder}") from None
+        self._file.truncate(0)
+        self._file.write(str(os.getpid()))
+        self._file.flush()
 
-def make_checkpoints(folder: Path, monitor: str, mode: Literal["min", "max"]) -> list[ModelCheckpoint]:
-    """Keep `best.ckpt` by the metric `monitor`, and `last.ckpt` of the last validation, below `folder`."""
-    # Two, for `save_last=True` beside a monitor writes last.ckpt only when the best one changes.
-    best = ModelCheckpoint(folder / "checkpoints", "best", monitor=monitor, mode=mode, auto_insert_metric_name=False)
-    return [best, ModelCheckpoint(folder / "checkpoints", "last", auto_insert_metric_name=False)]
+    def release(self) -> None:
+        """Lets others in."""
+        self._path.unlink(missing_ok=True)
+        self._file.close()
 
 
 def folder_of(trainer: pl.Trainer) -> Path:
@@ -90,7 +99,7 @@ class RunFolder(Callback):
     """Writes config.yaml, tells the loggers the configuration once, and takes the time of a fit.
 
     Args:
-        path: The run's folder, from `new_run_folder`.
+        path: The run's folder, from `new_run_folder`, or that of the run that goes on.
         config: The whole configuration, as plain values.
     """
 
@@ -116,10 +125,47 @@ class RunFolder(Callback):
             if not isinstance(logger, CSVLogger):
                 logger.log_hyperparams(self.config)
 
+    def discard_if_empty(self) -> bool:
+        """Removes the folder of a run that failed before it had read its data; says whether it did."""
+        if empty := not (self.path / "config.yaml").exists():
+            shutil.rmtree(self.path, ignore_errors=True)
+        return empty
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Notes how far metrics.csv and the clock are, once what was logged is on the disk."""
+        checkpoint["run_folder"] = {"seconds": self.seconds + time.perf_counter()}
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsFile) and trainer.is_global_zero:
+                logger.save()
+                checkpoint["run_folder"]["rows"] = logger.experiment.count
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Takes the clock over and, in the folder that the checkpoint is from, drops the metrics that came after it."""
+        noted = checkpoint.get("run_folder")
+        if trainer.state.fn != "fit" or not noted:
+            return
+        self.seconds = noted["seconds"]
+        goes_on = Path(str(trainer.ckpt_path)).resolve().parent.parent == self.path.resolve()
+        for logger in trainer.loggers:
+            if goes_on and isinstance(logger, MetricsFile) and trainer.is_global_zero:
+                logger.experiment.keep(noted["rows"])
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts the clock."""
-        self.seconds = -time.perf_counter()
+        self.seconds -= time.perf_counter()
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stops the clock."""
         self.seconds += time.perf_counter()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Lists the pictures that could not be read, if some were passed over."""
+        left_out = getattr(getattr(trainer, "datamodule", None), "left_out", [])
+        if left_out:
+            name = "left_out.txt" if trainer.world_size == 1 else f"left_out.{trainer.global_rank}.txt"
+            (self.path / name).write_text("".join(f"{message}\n" for message in left_out))
+            rank_zero_info(f"{len(left_out)} pictures could not be read and were left out: {self.path / name}")

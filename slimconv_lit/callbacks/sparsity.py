@@ -1,6 +1,7 @@
 """Sparsity training of Network Slimming (Liu et al., ICCV 2017): an L1 penalty on the scales of batch norms."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import pytorch_lightning as pl
 import torch
@@ -9,6 +10,7 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
+from slimconv_lit.callbacks.loggers import tell
 from slimconv_lit.callbacks.run_folder import pictures_of
 from slimconv_lit.callbacks.visualize import save_figure
 from slimconv_lit.surgery import prunable_norms
@@ -99,7 +101,7 @@ class Sparsity(Callback):
         scales = torch.cat([scale.detach().flatten() for scale in self._scales]).abs().float().cpu()
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_histogram("scales", scales, trainer.global_step)
+                tell(logger, partial(logger.experiment.add_histogram, "scales", scales, trainer.global_step))
         save_figure(draw_scales(scales, f"epoch {trainer.current_epoch}"), pictures_of(trainer) / "scales.png", trainer)
 
 

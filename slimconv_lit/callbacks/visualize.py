@@ -1,6 +1,7 @@
 """Pictures of a few validation images with what the model says of them, for every task that has a `draw` hook."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from torch.utils.data import DataLoader, default_collate
 
 from slimconv_lit.callbacks.last_validation import is_last
+from slimconv_lit.callbacks.loggers import tell
 from slimconv_lit.callbacks.run_folder import pictures_of
+from slimconv_lit.data.loading import Loader
 from slimconv_lit.tasks import BaseTask, Picture
 
 _COLOURS = {True: "#1b7f3b", False: "#c0262d", None: "#222222"}
@@ -72,7 +75,8 @@ def save_figure(figure: Figure, path: Path, trainer: pl.Trainer) -> None:
     pixels = np.asarray(canvas.buffer_rgba())[..., :3]  # type: ignore[no-untyped-call]
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_image(f"pictures/{path.stem}", pixels, trainer.global_step, dataformats="HWC")
+            place = (f"pictures/{path.stem}", pixels, trainer.global_step)
+            tell(logger, partial(logger.experiment.add_image, *place, dataformats="HWC"))
         elif isinstance(logger, WandbLogger):
             logger.log_image(f"pictures/{path.stem}", [pixels])
 
@@ -119,4 +123,6 @@ class Visualize(Callback):
         size = len(loader.dataset)  # type: ignore[arg-type]
         indices = np.linspace(0, size - 1, min(self.images, size)).round().astype(int)
         # One by one, for not all tasks have images of one size.
+        if isinstance(loader, Loader):
+            return [batch for i in indices if (batch := loader.alone(int(i))) is not None]
         return [(loader.collate_fn or default_collate)([loader.dataset[int(i)]]) for i in indices]

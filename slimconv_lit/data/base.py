@@ -6,6 +6,7 @@ datamodule's seed, the epoch and the image, and neither on the number of workers
 
 import math
 import os
+import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias
@@ -14,13 +15,16 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from PIL import Image, ImageOps
+from pytorch_lightning.utilities.seed import isolate_rng
 from sklearn.model_selection import train_test_split
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from slimconv_lit.data.files import read_image
+from slimconv_lit.data.loading import LeftOut, Loader, skipping
 
 Split: TypeAlias = Literal["train", "val", "test"]
+OnBadImage: TypeAlias = Literal["raise", "skip"]
 Key: TypeAlias = int | tuple[int, int]
 """An index, or an index and the random seed that was dealt with it."""
 
@@ -62,7 +66,7 @@ class EpochSampler(Sampler[Key]):
 class Transformed(Dataset[tuple[Any, ...]]):
     """A source behind a `torchvision.transforms.v2` transform, which is handed image and target together.
 
-    Only torch's own generator follows the dealt seed; all transforms of torchvision draw from it.
+    The generators of torch (on the CPU), numpy and Python follow the dealt seed, and are afterwards where they were.
 
     Args:
         source: Images and targets as they are stored.
@@ -79,14 +83,12 @@ class Transformed(Dataset[tuple[Any, ...]]):
         if not isinstance(key, tuple):
             return self.transform(*self.source[key])
         index, seed = key
-        # `torch.manual_seed` would reseed the GPU, and with it the dropout of the network, at every image.
-        generator = torch.default_generator
-        state = generator.get_state()
-        try:
-            generator.manual_seed(seed)
+        with isolate_rng(include_cuda=False):
+            # `torch.manual_seed` would reseed the GPU, and with it the dropout of the network, at every image.
+            torch.default_generator.manual_seed(seed)
+            np.random.seed(seed)
+            random.seed(seed)
             return self.transform(*self.source[index])
-        finally:
-            generator.set_state(state)
 
 
 class Named(Dataset[tuple[Any, str]]):
@@ -166,8 +168,11 @@ class BaseDataModule(pl.LightningDataModule):
         sample: Read a small data set in the same layout, built below `root` from embedded images, not the real one.
         predict_dir: Predict all images below this folder; None predicts the test images.
         pin_memory: Load into page-locked memory; None does so where CUDA is available.
+        on_bad_image: "raise" stops at a picture that cannot be read and names it; "skip" goes on without it as long as
+            no more than 1 % of them are missing, or any number in prediction.
 
     Attributes:
+        left_out: What "skip" passed over, one message for each picture.
         num_classes: Known right after construction, like all below, with no data on disk.
         class_names: Names in the order of the labels.
         input_size: (C, H, W) of an image as the network is tested on it.
@@ -195,6 +200,7 @@ class BaseDataModule(pl.LightningDataModule):
         sample: bool = False,
         predict_dir: str | None = None,
         pin_memory: bool | None = None,
+        on_bad_image: OnBadImage = "raise",
     ) -> None:
         super().__init__()
         for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0)):
@@ -208,7 +214,9 @@ class BaseDataModule(pl.LightningDataModule):
         self.sample = sample
         self.predict_dir = predict_dir
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
+        self.on_bad_image = on_bad_image
         self._datasets: dict[Split, Dataset[tuple[Any, ...]]] = {}
+        self._left_out: list[LeftOut] = []
 
     def make_dataset(self, split: Split) -> Dataset[tuple[Any, ...]]:
         """The (image, target) pairs of a split, transformed; `train` also takes the keys of an `EpochSampler`.
@@ -254,7 +262,12 @@ class BaseDataModule(pl.LightningDataModule):
         drop_last = per_device > self.batch_size and per_device % self.batch_size == 1
         sampler = EpochSampler(length, self.seed)
         data, workers = self.dataset("train"), self.train_workers
-        return self._loader(data, self.batch_size, workers, sampler=sampler, drop_last=drop_last)
+        return self._loader(data, self.batch_size, workers, sampler=sampler, drop_last=drop_last, done=self._done)
+
+    def _done(self) -> int:
+        """Batches of this epoch that a resumed run has behind it."""
+        trainer = self.trainer
+        return trainer.fit_loop.epoch_loop.batch_progress.current.ready if trainer and trainer.training else 0
 
     @property
     def train_workers(self) -> int:
@@ -271,18 +284,36 @@ class BaseDataModule(pl.LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """(images, names) in the order of the names."""
-        return self._loader(self.predict_dataset(), self.eval_batch_size)
+        return self._loader(self.predict_dataset(), self.eval_batch_size, ceiling=None)
+
+    @property
+    def left_out(self) -> list[str]:
+        """Messages of the pictures that could not be read, and were passed over."""
+        return [message for part in self._left_out for message in part.messages]
 
     def _loader(
-        self, dataset: Dataset[Any], batch_size: int, workers: int | None = None, **own: Any
+        self,
+        dataset: Dataset[Any],
+        batch_size: int,
+        workers: int | None = None,
+        ceiling: float | None = 0.01,
+        **own: Any,
     ) -> DataLoader[Any]:
         workers = self.num_workers if workers is None else workers
-        return DataLoader(
+        collate: Callable[..., Any] = self.collate
+        # Images in memory come as whole batches, and have been read.
+        if self.on_bad_image == "skip" and not hasattr(dataset, "__getitems__"):
+            dataset, collate, own["left_out"] = skipping(dataset, collate, replace="sampler" in own, ceiling=ceiling)
+            self._left_out.append(own["left_out"])
+        return Loader(
             dataset,
             batch_size=batch_size,
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=self.pin_memory,
-            collate_fn=self.collate,
+            collate_fn=collate,
+            # Where workers take their seeds from. Without it, every iterator would draw from torch's own generator, and
+            # a run that was resumed asks for more of them.
+            generator=torch.Generator(),
             **own,
         )

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets import CIFAR100
 
 from slimconv_lit.data import samples
-from slimconv_lit.data.base import BaseDataModule, Split, Transformed, hold_out
+from slimconv_lit.data.base import BaseDataModule, OnBadImage, Split, Transformed, hold_out
 from slimconv_lit.data.batched import BatchAugment, InMemory, RawBatch
 from slimconv_lit.data.transforms import CIFAR100_STATS, cifar100_train, resize_and_crop
 
@@ -59,6 +59,8 @@ class CIFAR100DataModule(BaseDataModule):
         sample: Read a small data set in the same layout (3,000 and 1,000 images), built below `root`.
         predict_dir: Predict all images below this folder, resized to 32x32; None predicts the test images.
         pin_memory: Load into page-locked memory; None does so where CUDA is available.
+        on_bad_image: "raise" stops at a picture that cannot be read and names it; "skip" goes on without it as long as
+            no more than 1 % of them are missing, or any number in prediction.
     """
 
     def __init__(
@@ -77,8 +79,11 @@ class CIFAR100DataModule(BaseDataModule):
         sample: bool = False,
         predict_dir: str | None = None,
         pin_memory: bool | None = None,
+        on_bad_image: OnBadImage = "raise",
     ) -> None:
-        super().__init__(root, batch_size, eval_batch_size, num_workers, seed, sample, predict_dir, pin_memory)
+        super().__init__(
+            root, batch_size, eval_batch_size, num_workers, seed, sample, predict_dir, pin_memory, on_bad_image
+        )
         self.save_hyperparameters(logger=False)
         self.split_seed = split_seed
         self.val_fraction = val_fraction

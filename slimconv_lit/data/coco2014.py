@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from slimconv_lit.data import samples
-from slimconv_lit.data.base import Split
+from slimconv_lit.data.base import OnBadImage, Split
 from slimconv_lit.data.detection import Annotations, DetectionDataModule, DetectionImages, check_boxes, unknown_class
 from slimconv_lit.data.files import DataError, names_in, some
 
@@ -56,6 +56,8 @@ class COCO2014DataModule(DetectionDataModule):
         sample: Read a small data set in the same layout (200, 100 and 100 images), built below `root`.
         predict_dir: Predict all images below this folder; None predicts minival.
         pin_memory: Load into page-locked memory; None does so where CUDA is available.
+        on_bad_image: "raise" stops at a picture that cannot be read and names it; "skip" goes on without it as long as
+            no more than 1 % of them are missing, or any number in prediction.
     """
 
     def __init__(
@@ -71,8 +73,11 @@ class COCO2014DataModule(DetectionDataModule):
         sample: bool = False,
         predict_dir: str | None = None,
         pin_memory: bool | None = None,
+        on_bad_image: OnBadImage = "raise",
     ) -> None:
-        super().__init__(root, batch_size, eval_batch_size, num_workers, seed, sample, predict_dir, pin_memory)
+        super().__init__(
+            root, batch_size, eval_batch_size, num_workers, seed, sample, predict_dir, pin_memory, on_bad_image
+        )
         self.save_hyperparameters(logger=False)
         self.minival = minival
         self.val_on_test = val_on_test

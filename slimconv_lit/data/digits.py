@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from slimconv_lit.data.base import BaseDataModule, Key, Split, hold_out
+from slimconv_lit.data.base import BaseDataModule, Key, OnBadImage, Split, hold_out
 from slimconv_lit.data.transforms import Stats, digits_eval, random_affine
 
 # Of all 1,797 digits at 16x16; at 32x32 the deviation is 0.3236.
@@ -66,6 +66,8 @@ class DigitsDataModule(BaseDataModule):
         channels: 1, or 3 for networks that read colour images (the same gray three times).
         predict_dir: Predict all images below this folder; None predicts the test digits.
         pin_memory: Load into page-locked memory; None does so where CUDA is available.
+        on_bad_image: "raise" stops at a picture that cannot be read and names it; "skip" goes on without it as long as
+            no more than 1 % of them are missing, or any number in prediction.
 
     Raises:
         ValueError: If `image_size` or `channels` has another value.
@@ -82,6 +84,7 @@ class DigitsDataModule(BaseDataModule):
         channels: int = 1,
         predict_dir: str | None = None,
         pin_memory: bool | None = None,
+        on_bad_image: OnBadImage = "raise",
     ) -> None:
         super().__init__(
             batch_size=batch_size,
@@ -90,6 +93,7 @@ class DigitsDataModule(BaseDataModule):
             seed=seed,
             predict_dir=predict_dir,
             pin_memory=pin_memory,
+            on_bad_image=on_bad_image,
         )
         if channels not in (1, 3):
             raise ValueError(f"channels={channels} must be 1 or 3")

@@ -21,7 +21,7 @@ from torchvision.datasets.imagenet import (
 from torchvision.models import ResNet18_Weights
 
 from slimconv_lit.data import samples
-from slimconv_lit.data.base import BaseDataModule, Split, Transformed, hold_out
+from slimconv_lit.data.base import BaseDataModule, OnBadImage, Split, Transformed, hold_out
 from slimconv_lit.data.transforms import IMAGENET_STATS, imagenet_eval, imagenet_train
 
 
@@ -52,6 +52,8 @@ class ImageNetDataModule(BaseDataModule):
         sample: Read a small data set of ten classes in the same layout (800 and 200 images), built below `root`.
         predict_dir: Predict all images below this folder; None predicts the test images.
         pin_memory: Load into page-locked memory; None does so where CUDA is available.
+        on_bad_image: "raise" stops at a picture that cannot be read and names it; "skip" goes on without it as long as
+            no more than 1 % of them are missing, or any number in prediction.
 
     Raises:
         ValueError: If `num_classes` is not the number of class folders.
@@ -75,8 +77,11 @@ class ImageNetDataModule(BaseDataModule):
         sample: bool = False,
         predict_dir: str | None = None,
         pin_memory: bool | None = None,
+        on_bad_image: OnBadImage = "raise",
     ) -> None:
-        super().__init__(root, batch_size, eval_batch_size, num_workers, seed, sample, predict_dir, pin_memory)
+        super().__init__(
+            root, batch_size, eval_batch_size, num_workers, seed, sample, predict_dir, pin_memory, on_bad_image
+        )
         self.save_hyperparameters(logger=False)
         self.split_seed = split_seed
         self.val_fraction = val_fraction

@@ -15,7 +15,7 @@ from torchvision.datasets.voc import DATASET_YEAR_DICT
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from slimconv_lit.data import samples
-from slimconv_lit.data.base import Split
+from slimconv_lit.data.base import OnBadImage, Split
 from slimconv_lit.data.detection import Annotations, DetectionDataModule, DetectionImages, check_boxes, unknown_class
 from slimconv_lit.data.files import Archive, DataError, inspect_image, names_in, read_list, some
 from slimconv_lit.data.voc import OBJECT_NAMES
@@ -88,6 +88,8 @@ class VOC2007DataModule(DetectionDataModule):
         sample: Read a small data set in the same layout (300 and 100 images), built below `root`.
         predict_dir: Predict all images below this folder; None predicts the test images.
         pin_memory: Load into page-locked memory; None does so where CUDA is available.
+        on_bad_image: "raise" stops at a picture that cannot be read and names it; "skip" goes on without it as long as
+            no more than 1 % of them are missing, or any number in prediction.
     """
 
     def __init__(
@@ -105,8 +107,11 @@ class VOC2007DataModule(DetectionDataModule):
         sample: bool = False,
         predict_dir: str | None = None,
         pin_memory: bool | None = None,
+        on_bad_image: OnBadImage = "raise",
     ) -> None:
-        super().__init__(root, batch_size, eval_batch_size, num_workers, seed, sample, predict_dir, pin_memory)
+        super().__init__(
+            root, batch_size, eval_batch_size, num_workers, seed, sample, predict_dir, pin_memory, on_bad_image
+        )
         if folder != _FOLDER and (download or sample):
             raise ValueError(f"folder={folder!r} cannot be downloaded or be a sample; leave it out, it is {_FOLDER!r}")
         self.save_hyperparameters(logger=False)

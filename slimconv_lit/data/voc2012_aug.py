@@ -19,7 +19,7 @@ from torchvision import tv_tensors
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 
 from slimconv_lit.data import samples
-from slimconv_lit.data.base import BaseDataModule, Split, Transformed
+from slimconv_lit.data.base import BaseDataModule, OnBadImage, Split, Transformed
 from slimconv_lit.data.files import Archive, DataError, inspect_image, names_in, read_image, read_list, some
 from slimconv_lit.data.sbd import SBD, find_sbd, write_sbd_masks
 from slimconv_lit.data.transforms import IMAGENET_STATS, segmentation_crop, segmentation_eval, segmentation_train
@@ -151,6 +151,8 @@ class VOC2012AugDataModule(BaseDataModule):
         sample: Read a small data set in the same layout (300 and 60 images), built below `root`.
         predict_dir: Predict all images below this folder; None predicts the validation images.
         pin_memory: Load into page-locked memory; None does so where CUDA is available.
+        on_bad_image: "raise" stops at a picture that cannot be read and names it; "skip" goes on without it as long as
+            no more than 1 % of them are missing, or any number in prediction.
 
     Attributes:
         ignore_index: 255.
@@ -176,8 +178,11 @@ class VOC2012AugDataModule(BaseDataModule):
         sample: bool = False,
         predict_dir: str | None = None,
         pin_memory: bool | None = None,
+        on_bad_image: OnBadImage = "raise",
     ) -> None:
-        super().__init__(root, batch_size, eval_batch_size, num_workers, seed, sample, predict_dir, pin_memory)
+        super().__init__(
+            root, batch_size, eval_batch_size, num_workers, seed, sample, predict_dir, pin_memory, on_bad_image
+        )
         if crop_size < 1:
             raise ValueError(f"crop_size={crop_size} must be at least 1")
         if not 0 < scale[0] <= scale[1]:
@@ -257,7 +262,7 @@ class VOC2012AugDataModule(BaseDataModule):
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """(image, name) one by one, so that each keeps its size."""
-        return self._loader(self.predict_dataset(), 1)
+        return self._loader(self.predict_dataset(), 1, ceiling=None)
 
     @property
     def _tree(self) -> Path:

@@ -4,7 +4,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from slimconv_lit.callbacks import LastValidation, RunFolder, Visualize
-from slimconv_lit.callbacks.run_folder import make_checkpoints
+from slimconv_lit.callbacks.checkpoints import make_checkpoints
 from slimconv_lit.tasks import ClassificationTask, Picture
 
 

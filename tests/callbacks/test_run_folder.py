@@ -3,7 +3,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from pytorch_lightning.utilities import rank_zero_only
 
-from slimconv_lit.callbacks.run_folder import make_loggers, new_run_folder
+from slimconv_lit.callbacks.loggers import make_loggers
+from slimconv_lit.callbacks.run_folder import new_run_folder
 
 
 def test_no_two_runs_share_a_folder(tmp_path):
@@ -24,8 +25,8 @@ def test_only_the_first_process_makes_a_folder(tmp_path, monkeypatch):
 
 
 def test_metrics_csv_is_always_there(tmp_path):
-    assert [type(logger).__name__ for logger in make_loggers("", tmp_path)] == ["CSVLogger"]
+    assert [type(logger).__name__ for logger in make_loggers("", tmp_path)] == ["MetricsFile"]
     names = [type(logger).__name__ for logger in make_loggers("csv, tensorboard", tmp_path)]
-    assert names == ["TensorBoardLogger", "CSVLogger"]
+    assert names == ["TensorBoardLogger", "MetricsFile"]
     with pytest.raises(ValueError, match="did you mean 'tensorboard'"):
         make_loggers("tensorbord", tmp_path)

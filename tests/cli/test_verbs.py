@@ -180,20 +180,21 @@ def test_a_test_prints_and_keeps_what_a_fit_does(trained, in_tmp, capsys):
     assert header[0].strip().startswith("network")
 
 
-def test_resume_alone_goes_on_with_the_run_s_own_settings(in_tmp):
+def test_resume_alone_goes_on_in_its_folder_with_its_own_settings(in_tmp):
     whole = ["fit", *DIGITS, "--model.schedule=constant", "--model.lr=0.01", "--test_after=false"]
     assert main([*whole, "--trainer.max_epochs=2", "--name=whole"]) == 0
     assert main([*whole, "--name=part"]) == 0
     assert main(["fit", "--ckpt_path=last", "--name=part", "--trainer.max_epochs=2"]) == 0
-    first, second = sorted((in_tmp / "runs" / "part").iterdir())
-    with (second / "metrics.csv").open() as file:
-        assert {row["epoch"] for row in csv.DictReader(file)} == {"1"}
+    (part,), (straight,) = ((in_tmp / "runs" / name).iterdir() for name in ("part", "whole"))
+    with (part / "metrics.csv").open() as file:
+        assert {row["epoch"] for row in csv.DictReader(file)} == {"0", "1"}
     # Exactly where it was: the weights are those of a run without a break.
-    (straight,) = (in_tmp / "runs" / "whole").iterdir()
-    states = [torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in (straight, second, first)]
+    states = [torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in (straight, part)]
     for name, value in states[0]["state_dict"].items():
         torch.testing.assert_close(states[1]["state_dict"][name], value, rtol=0, atol=0)
-    assert states[2]["epoch"] == 0
+    # From another checkpoint a new run begins.
+    assert main(["fit", "--ckpt_path=best", "--name=part", "--trainer.max_epochs=3"]) == 0
+    assert len(list((in_tmp / "runs" / "part").iterdir())) == 2
 
 
 def test_a_run_s_config_runs_again_under_the_same_name(trained, in_tmp):

@@ -1,0 +1,190 @@
+"""A fit that is broken off and resumed with `--ckpt_path last` is one that was never broken off, bit by bit."""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from slimconv_lit.callbacks import RunFolder
+from slimconv_lit.cli import main
+from slimconv_lit.lightning_cli import TERMINATED
+
+KILLS = Path(__file__).parents[2] / "benchmarks" / "kills.py"
+SHORT = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu", "--trainer.max_epochs=3"]
+DIGITS = ["--config=quickstart.yaml", *SHORT, "--data.batch_size=16", "--trainer.limit_train_batches=6"]
+DIGITS += ["--trainer.limit_val_batches=2", "--data.eval_batch_size=16", "--test_after=false"]
+CIFAR = ["--config=cls_cifar100.yaml", *SHORT, "--data.sample=true", "--data.batch_size=8", "--data.download=false"]
+CIFAR += ["--trainer.limit_train_batches=6", "--trainer.limit_val_batches=2", "--model.backbone=cifar_resnet20"]
+CIFAR += ["--test_after=false", "--model.operator=null"]
+DROPOUT = ["--model.backbone=timm:test_resnet", '--model.backbone_options={"drop_rate": 0.3}', "--data.image_size=32"]
+# Of 6 steps in each of 3 epochs, the batch that is not trained on any more; how often is saved; and what is random.
+CASES = {
+    "mid_epoch": (DIGITS, 10, ["--save_every=4", "--model.mixup_alpha=0.2", "--model.cutmix_alpha=1"]),
+    "dropout": (DIGITS, 3, ["--save_every=2", *DROPOUT]),
+    "epoch_end": (DIGITS, 6, ["--data.num_workers=1", "--model.ema_decay=0.9"]),
+    "workers": (DIGITS, 9, ["--data.num_workers=2", "--save_every=1", "--model.ema_decay=0.9"]),
+    "accumulated": (DIGITS, 11, ["--trainer.accumulate_grad_batches=4", "--save_every=1"]),
+    "between_validations": (DIGITS, 9, ["--trainer.val_check_interval=2", "--save_every=1"]),
+    "rare_validations": (DIGITS, 8, ["--trainer.check_val_every_n_epoch=3", "--save_every=3"]),
+    "in_memory": (CIFAR, 10, ["--save_every=4"]),
+}
+
+
+class Killed(BaseException):
+    """Ends a fit at once, as a kill would: nothing of ours catches it."""
+
+
+def load_kills():
+    spec = importlib.util.spec_from_file_location("kills", KILLS)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+kills = load_kills()
+
+
+@pytest.fixture
+def at(monkeypatch):
+    """at(hook, count, act) has `act(trainer)` called when the run folder's `hook` is for the count-th time, from 0."""
+
+    def install(hook, count, act):
+        seen = []
+
+        def called(callback, trainer, *_):
+            seen.append(None)
+            if len(seen) == count + 1 and not trainer.sanity_checking:
+                act(trainer)
+
+        monkeypatch.setattr(RunFolder, hook, called, raising=False)
+
+    return install
+
+
+def kill(trainer):
+    raise Killed
+
+
+def terminate(trainer):
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def folder_of(name):
+    (folder,) = Path("runs", name).iterdir()
+    return folder
+
+
+def assert_same(first, second):
+    found = kills.contents(folder_of(second))
+    for part, expected in kills.contents(folder_of(first)).items():
+        assert kills.same(expected, found[part]), part
+
+
+@pytest.fixture(scope="module")
+def data_root(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_resumed_fit_is_one_that_was_never_broken_off(case, in_tmp, data_root, at):
+    words, batch, own = CASES[case]
+    fit = ["fit", *words, *own, *([f"--data.root={data_root}"] if words is CIFAR else [])]
+    assert main([*fit, "--name=whole"]) == 0
+    at("on_train_batch_start", batch, kill)
+    with pytest.raises(Killed):
+        main([*fit, "--name=broken"])
+    at("on_train_batch_start", -1, kill)
+    torch.manual_seed(1)
+    assert main([*fit, "--name=broken", "--ckpt_path=last"]) == 0
+    assert_same("whole", "broken")
+
+
+@pytest.mark.parametrize(
+    ("hook", "count"),
+    [
+        ("on_train_batch_start", 7),
+        # The last of an epoch.
+        ("on_train_batch_start", 5),
+        # Two of the sanity check, two of the first epoch, and the first of the second.
+        ("on_validation_batch_start", 4),
+    ],
+)
+def test_a_fit_that_is_told_to_end_saves_and_says_so_by_its_status(hook, count, in_tmp, at, capsys):
+    fit = ["fit", *DIGITS, "--model.ema_decay=0.9"]
+    assert main([*fit, "--name=whole"]) == 0
+    at(hook, count, terminate)
+    assert main([*fit, "--name=broken"]) == TERMINATED == 143
+    assert "--ckpt_path last" in capsys.readouterr().out
+    saved = torch.load(folder_of("broken") / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+    assert saved == {7: 8, 5: 6, 4: 12}[count]
+    at(hook, -1, terminate)
+    assert main([*fit, "--name=broken", "--ckpt_path=last"]) == 0
+    assert_same("whole", "broken")
+
+
+def test_the_best_epoch_before_a_break_is_still_the_best(in_tmp, at, recwarn):
+    # After the first epoch it only gets worse.
+    fit = ["fit", *DIGITS, "--model.lr=1e-9", "--name=x"]
+    at("on_train_batch_start", 7, kill)
+    with pytest.raises(Killed):
+        main(fit)
+    folder = folder_of("x")
+    best = folder / "checkpoints" / "best.ckpt"
+    before = best.read_bytes()
+    # Also where the folder has been moved meanwhile.
+    folder.rename(folder.with_name("moved"))
+    at("on_train_batch_start", -1, kill)
+    assert main([*fit, "--ckpt_path=last"]) == 0
+    best = Path("runs", "x", "moved", "checkpoints", "best.ckpt")
+    assert best.read_bytes() == before
+    assert {path.name for path in best.parent.iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert not [w for w in recwarn if "dirpath has changed" in str(w.message)]
+
+
+@pytest.mark.parametrize("harm", ["truncated", "changed", "empty"])
+def test_a_damaged_checkpoint_is_told_in_one_line_that_names_a_whole_one(harm, in_tmp, finished, capsys):
+    last = finished / "checkpoints" / "last.ckpt"
+    content = last.read_bytes()
+    middle = len(content) // 2
+    harmed = {
+        "truncated": content[:middle],
+        "changed": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
+        "empty": b"",
+    }[harm]
+    try:
+        last.write_bytes(harmed)
+        for verb in ("fit", "test"):
+            assert main([verb, f"--ckpt_path={last}"]) == 2
+            (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+            assert line == (
+                f"error: {last} is truncated or damaged, or no checkpoint; the newest that is whole is "
+                f"{last.with_name('best.ckpt')}"
+            )
+    finally:
+        last.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a finished fit of one epoch."""
+    root = tmp_path_factory.mktemp("finished")
+    assert main(["fit", *DIGITS, "--trainer.max_epochs=1", f"--run_root={root}"]) == 0
+    (folder,) = (root / "quickstart").iterdir()
+    return folder
+
+
+def test_killed_at_random_moments(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(KILLS), "--kills=2", f"--output={tmp_path / 'kills.json'}"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
