@@ -29,7 +29,7 @@ from slimconv_lit.callbacks import (
     Visualize,
 )
 from slimconv_lit.callbacks.run_folder import make_checkpoints, make_loggers, new_run_folder
-from slimconv_lit.config_files import Config, compose
+from slimconv_lit.config_files import Config, compose, read_checkpoint
 from slimconv_lit.data import BaseDataModule
 from slimconv_lit.errors import Parser, explain
 from slimconv_lit.quiet import quieten
@@ -169,7 +169,7 @@ class SlimCLI(LightningCLI):
     def _take_shape(self, path: str) -> None:
         """Prunes the network as the checkpoint's was: Lightning would do it when callbacks have copied the network."""
         try:
-            self.model.on_load_checkpoint(_read_checkpoint(path))
+            self.model.on_load_checkpoint(read_checkpoint(path))
         except ValueError as error:
             raise UsageError(f"{path}: {error}") from error
 
@@ -247,11 +247,6 @@ class SlimCLI(LightningCLI):
             print(f"\n{format_table([summary(self.results, self.model.monitor)])}\n")
 
 
-def _read_checkpoint(path: str) -> dict[str, Any]:
-    checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    return checkpoint
-
-
 class _Built(SlimCLI):
     """A fit's model and data, built and not run."""
 
@@ -320,7 +315,7 @@ def open_checkpoint(purpose: str, argv: Sequence[str]) -> SlimCLI:
     cli = _Opened("predict", args, purpose)
     path = cli.config["predict"]["ckpt_path"]
     try:
-        cli.model.load_state_dict(_read_checkpoint(path)["state_dict"])
+        cli.model.load_state_dict(read_checkpoint(path)["state_dict"])
     except RuntimeError as error:
         raise UsageError(f"{path}: {error}") from error
     # As a running verb would: the task asks the datamodule for class names and for its normalisation.
