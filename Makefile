@@ -4,12 +4,17 @@ BIN := .venv/bin
 # uv installs the same wheels several times faster than pip; pip is the way out where uv cannot run.
 INSTALL = $(BIN)/python -m uv pip install --quiet --python $(BIN)/python $(1) || $(BIN)/python -m pip install --quiet $(1)
 
-.PHONY: help demo test lint types tests notebooks clean
+# Hashes of every file of every release, for each platform; --python-version is the oldest that pyproject.toml allows.
+LOCK = $(BIN)/python -m uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
+  --custom-compile-command "make lock"
+
+.PHONY: help demo test lint types tests lock notebooks clean
 
 help:
 	@echo "make demo    install, then train a small network on real digits, plain and slim, and compare them"
 	@echo "make test    install, lint, type-check and test"
 	@echo "make lint | types | tests    one part of 'make test'"
+	@echo "make lock    look up the newest releases, and pin them with their hashes in requirements*.lock"
 	@echo "make clean   remove .venv and everything that runs wrote"
 
 .venv/bin/python:
@@ -43,6 +48,10 @@ types: .venv/installed-dev
 
 tests: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2
+
+lock: .venv/bin/python
+	$(LOCK) requirements.txt -o requirements.lock
+	$(LOCK) pyproject.toml --extra dev -c requirements.lock -o requirements-dev.lock
 
 clean:
 	rm -rf .venv runs

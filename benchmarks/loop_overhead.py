@@ -47,7 +47,7 @@ def fitted(batch_size, threads):
     words = [
         "--config=quickstart.yaml", f"--data.batch_size={batch_size}", f"--model.lr={RECIPE['lr']}",
         "--trainer.max_epochs=1", "--trainer.limit_val_batches=0", "--test_after=false", f"--threads={threads}",
-        "--trainer.callbacks=__main__.Clock", "--trainer.enable_model_summary=false",
+        "--trainer.callbacks=__main__.Clock", "--allow-import=__main__", "--trainer.enable_model_summary=false",
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), open(os.devnull, "w") as null:
         with contextlib.redirect_stdout(null):

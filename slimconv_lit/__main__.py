@@ -4,4 +4,6 @@ import sys
 
 from slimconv_lit.cli import main
 
-sys.exit(main())
+if __name__ == "__main__":
+    # Not where a configuration names it as a module.
+    sys.exit(main())

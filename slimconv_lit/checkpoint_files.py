@@ -6,10 +6,11 @@ from typing import Any
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What is in a checkpoint; its tensors stay on the disk until they are looked at.
+    """What is in a checkpoint: tensors, which stay on the disk until they are looked at, and plain values.
 
     Raises:
-        ValueError: If it is truncated, changed or no checkpoint; the message names the newest one that is whole.
+        ValueError: If it is truncated, changed or no checkpoint, and the message names the newest one that is whole; or
+            if it holds anything else, which is not unpickled.
     """
     import torch
 
@@ -18,7 +19,15 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         whole = next((other for other in others if is_whole(other)), None)
         hint = f"the newest that is whole is {whole}" if whole else "no other of its runs is whole"
         raise ValueError(f"{path} is truncated or damaged, or no checkpoint; {hint}")
-    checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        checkpoint = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    except OSError:
+        raise
+    except Exception as error:  # in a strange file, torch raises whatever it happens to run into
+        reason = " ".join(str(error).split("Please file")[0].split())
+        raise ValueError(f"{path} is not a checkpoint of tensors and plain values: {reason[:200]}") from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{path} is not a checkpoint: it holds a {type(checkpoint).__name__}")
     return checkpoint
 
 

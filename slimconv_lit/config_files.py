@@ -8,10 +8,11 @@ Paths count from the file that names them.
 import argparse
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import yaml  # type: ignore[import-untyped]
 from jsonargparse import get_loader
 
 from slimconv_lit.checkpoint_files import read_checkpoint
@@ -38,38 +39,91 @@ def find_config(name: str) -> Path:
     raise FileNotFoundError(f"--config: there is no {name!r}; {closest(name, known)}")
 
 
-def load_config(path: Path) -> Config:
-    """The configuration in `path` with all that it starts from.
+# Far more than a configuration needs, and less than what fills the memory or, nested, the stack of libyaml.
+_MOST_BYTES, _MOST_VALUES, _MOST_TEXT, _MOST_NESTED, _MOST_BASES = 2**20, 100_000, 10_000, 50, 8
+
+
+def read_yaml(path: Path, load: Callable[[str], Any]) -> dict[str, Any]:
+    """The mapping in a YAML file, as `load` reads it from its text.
 
     Raises:
-        ValueError: If a file is not a mapping; the message names the file.
-        FileNotFoundError: If a file that it starts from does not exist.
+        ValueError: If there is none in it, or more than a configuration can need; the message names the file.
     """
-    # jsonargparse's reader: to YAML 1.1, 1e-4 is a text.
-    values = get_loader("yaml")(path.read_text())
+    try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise ValueError(f"it has more than {_MOST_BYTES:,} bytes")
+        text = path.read_text(encoding="utf-8")
+        depth = 0
+        for event in yaml.parse(text):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _MOST_NESTED:
+                raise ValueError(f"its lists and mappings are more than {_MOST_NESTED} deep")
+        values = load(text)
+        # A few lines of aliases of aliases stand for billions of values.
+        if _count(values, _MOST_VALUES) > _MOST_VALUES:
+            raise ValueError(f"it stands for more than {_MOST_VALUES:,} values")
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{path}: not YAML that can be used: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected `key: value` lines, found {type(values).__name__}")
+    return values
+
+
+def _count(values: Any, most: int) -> int:
+    """How many values are in mappings and lists, at any depth; not counted on where there are more than `most`."""
+    if isinstance(values, str) and len(values) > _MOST_TEXT:
+        # It may be parsed in its turn.
+        raise ValueError(f"a text has more than {_MOST_TEXT:,} characters")
+    total = 1
+    inner = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    for key, value in inner:
+        if isinstance(values, dict) and not isinstance(key, str):
+            raise ValueError(f"the key {str(key)[:40]!r} is not a text")
+        total += _count(value, most - total)
+        if total > most:
+            break
+    return total
+
+
+def load_config(path: Path, by: Sequence[Path] = ()) -> Config:
+    """The configuration in `path` with all that it starts from.
+
+    Args:
+        path: The file.
+        by: The files that led to it.
+
+    Raises:
+        ValueError: If a file is not a mapping, or starts from itself; the message names the file.
+        FileNotFoundError: If a file that it starts from does not exist.
+    """
+    if len(by) > _MOST_BASES:
+        raise ValueError(f"{path}: more than {_MOST_BASES} files start from one another; does one start from itself?")
+    # jsonargparse's reader: to YAML 1.1, 1e-4 is a text.
+    values = read_yaml(path, get_loader("yaml"))
+    by = [*by, path]
     for part in PARTS:
         if isinstance(values.get(part), str) and values[part].endswith((".yaml", ".yml")):
-            values[part] = _load_named(values[part], path)
+            values[part] = _load_named(values[part], by)
         elif isinstance(values.get(part), dict):
-            values[part] = _with_bases(values[part], path)
-    return _with_bases(values, path)
+            values[part] = _with_bases(values[part], by)
+    return _with_bases(values, by)
 
 
-def _with_bases(values: Config, path: Path) -> Config:
+def _with_bases(values: Config, by: Sequence[Path]) -> Config:
     bases = values.pop("base", [])
     whole: Config = {}
-    for name in [bases] if isinstance(bases, str) else bases:
-        whole = merge(whole, _load_named(name, path))
+    for name in bases if isinstance(bases, list) else [bases]:
+        whole = merge(whole, _load_named(name, by))
     return merge(whole, values)
 
 
-def _load_named(name: str, by: Path) -> Config:
-    path = by.parent / name
+def _load_named(name: object, by: Sequence[Path]) -> Config:
+    if not isinstance(name, str):
+        raise ValueError(f"{by[-1]}: `base` is the name of a file, or a list of them; not {str(name)[:80]}")
+    path = by[-1].parent / name
     if not path.is_file():
-        raise FileNotFoundError(f"{by}: it names {name!r}, which is not there")
-    return load_config(path)
+        raise FileNotFoundError(f"{by[-1]}: it names {name!r}, which is not there")
+    return load_config(path, by)
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Config:
@@ -90,13 +144,20 @@ def _same_class(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
 
 
 def checkpoint_config(path: Path) -> Config:
-    """The `model` and `data` parts that a checkpoint was trained with, as far as it carries them."""
+    """The `model` and `data` parts that a checkpoint was trained with, as far as it carries them.
+
+    Raises:
+        ValueError: As `read_checkpoint`.
+    """
     checkpoint = read_checkpoint(path)
     config: Config = {}
     for part, key in (("model", "hyper_parameters"), ("data", "datamodule_hyper_parameters")):
-        init_args = dict(checkpoint.get(key) or {})
+        init_args, class_paths = checkpoint.get(key) or {}, checkpoint.get("class_paths") or {}
+        if not (isinstance(init_args, Mapping) and isinstance(class_paths, Mapping)):
+            raise ValueError(f"{path} is not a checkpoint of `fit`: what it says under {key!r} is no mapping")
+        init_args = dict(init_args)
         init_args.pop("_instantiator", None)
-        noted = checkpoint.get("class_paths", {}).get(part)
+        noted = class_paths.get(part)
         if class_path := init_args.pop("_class_path", noted):
             config[part] = {"class_path": class_path, "init_args": init_args}
     return config
@@ -157,6 +218,9 @@ def compose(verb: str, argv: Sequence[str]) -> list[str]:
     config: Config = {}
     for path in paths:
         config = merge(config, load_config(path))
+    for key in ("name", "run_root", "ckpt_path"):
+        if not isinstance(config.get(key), str | None):
+            raise ValueError(f"{paths[-1]}: {key} must be a text, not {str(config[key])[:80]}")
     root = Path(known.run_root or config.get("run_root") or "runs")
     name = known.name or config.get("name") or (paths[-1].stem if paths else None)
     which = known.ckpt_path or config.pop("ckpt_path", None)
@@ -180,7 +244,10 @@ def _is_folder(value: str) -> bool:
 
 
 def _starts_from_weights(config: Config, words: Sequence[str]) -> bool:
-    init_args = config.get("model", {}).get("init_args", {})
-    named = [init_args.get("weights"), *(init_args.get("backbone_options") or {})]
+    model = config.get("model")
+    init_args = model.get("init_args") if isinstance(model, Mapping) else None
+    init_args = init_args if isinstance(init_args, Mapping) else {}
+    options = init_args.get("backbone_options")
+    named = [init_args.get("weights"), *(options if isinstance(options, Mapping) else ())]
     typed = [word for word in words if re.match(r"--model\.(init_args\.)?(weights|backbone_options)\b(?!_)", word)]
     return bool({"weights", "pretrained"} & set(named[1:]) or named[0] or typed)

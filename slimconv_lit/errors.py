@@ -37,6 +37,7 @@ _CLASS = re.compile(r"class_path[ =]'([\w.]+)'")
 _BAD_CLASS = re.compile(
     r"import path string: '?([\w.]+)|module '[\w.]+' has no attribute '(\w+)'|'([\w.]+)' to be a subclass of"
 )
+_DENIED = re.compile(r"Importing '([\w.]+)' is not allowed")
 _CHOICES = re.compile(r"Expected a typing\.Literal\[(.+?)\]\. Got value: ([^\s.]+)")
 _BAD_TYPE = re.compile(r"Expected a <class '(\w+)'>")
 _VALUE = re.compile(r"(?:Got|Given) value: (.+)")
@@ -96,6 +97,12 @@ def explain(message: str, options: Collection[str] = (), argv: Sequence[str] = (
     """
     key = ".".join(_KEY.findall(message))
     where = f"{key}: " if key else ""
+    if match := _DENIED.search(message):
+        package = match[1].partition(".")[0]
+        return (
+            f"{where}{match[1]} is of no package that a configuration may name classes of; if you trust its code, say "
+            f"--allow-import {package}"
+        )
     if match := _BAD_KEY.search(message):
         named = [path.rpartition(".")[2] for path in _CLASS.findall(message)]
         return _explain_key(match[1], key, named, options, argv)

@@ -19,6 +19,7 @@ CLI = {
     "lightning_cli",
     "quiet",
     "tool_verbs",
+    "trust",
     "usage",
     "__main__",
 }

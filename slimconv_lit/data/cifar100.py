@@ -5,15 +5,20 @@ A. Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009, ht
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets import CIFAR100
+from torchvision.datasets.utils import check_integrity
 
 from slimconv_lit.data import samples
 from slimconv_lit.data.base import BaseDataModule, OnBadImage, Split, Transformed, hold_out
 from slimconv_lit.data.batched import BatchAugment, InMemory, RawBatch
+from slimconv_lit.data.files import Archive, DataError
+from slimconv_lit.data.pickles import read_pickle
 from slimconv_lit.data.transforms import CIFAR100_STATS, cifar100_train, resize_and_crop
 
 _NAMES = """
@@ -28,12 +33,47 @@ wardrobe whale willow_tree wolf woman worm
 CLASS_NAMES = tuple(_NAMES.split())
 
 
-class SampleCIFAR100(CIFAR100):
-    """torchvision's reader, on the files of the sample: the same names, without the official files' checksums."""
+_FOLDER = CIFAR100.base_folder
+ARCHIVE = Archive(CIFAR100.url, CIFAR100.filename, CIFAR100.tgz_md5, f"{_FOLDER}/{CIFAR100.meta['filename']}")
+SUMS = {name: md5 for name, md5 in (*CIFAR100.train_list, *CIFAR100.test_list)}
+"""Of the official files."""
 
-    train_list: ClassVar = [[name, None] for name, _ in CIFAR100.train_list]
-    test_list: ClassVar = [[name, None] for name, _ in CIFAR100.test_list]
-    meta: ClassVar = {**CIFAR100.meta, "md5": None}
+
+class CIFARImages:
+    """(PIL image, fine label) of each entry of one file of CIFAR-100's Python version.
+
+    Args:
+        path: The file.
+
+    Attributes:
+        data: (N, 32, 32, 3) uint8.
+        targets: N labels, 0 to 99.
+
+    Raises:
+        DataError: If it is not a file of CIFAR-100's.
+    """
+
+    def __init__(self, path: Path) -> None:
+        entry = read_pickle(path)
+        pixels, labels = (entry.get(key) if isinstance(entry, dict) else None for key in ("data", "fine_labels"))
+        # bool is an int, and no label.
+        if not (
+            isinstance(pixels, np.ndarray)
+            and pixels.ndim == 2
+            and pixels.shape[1] == 3 * 32 * 32
+            and isinstance(labels, list)
+            and len(labels) == len(pixels) > 0
+            and all(type(label) is int and 0 <= label < 100 for label in labels)
+        ):
+            raise DataError(f"{path} is not a file of CIFAR-100: it needs N rows of 3,072 bytes, and N fine_labels")
+        self.data = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        self.targets: list[int] = labels
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.data[index]), self.targets[index]
 
 
 class CIFAR100DataModule(BaseDataModule):
@@ -103,15 +143,15 @@ class CIFAR100DataModule(BaseDataModule):
         """Downloads, where asked to, or builds the sample; either only where it is missing."""
         if self.sample:
             samples.build_once(self.root, "cifar100", samples.write_cifar100)
-        elif self.download:
-            CIFAR100(self.root, download=True)
+        else:
+            ARCHIVE.unpack(self.root, self.download)
 
     def make_dataset(self, split: Split) -> Dataset[tuple[Any, ...]]:
         """The images of a split.
 
         Raises:
             FileNotFoundError: If the data are not below `root`.
-            RuntimeError: If they are there but are not the official files.
+            DataError: If they are there but are not the official files.
         """
         data = self._read(train=split == "train" or (split == "val" and not self.val_on_test))
         if split == "test" or (split == "val" and self.val_on_test):
@@ -150,20 +190,20 @@ class CIFAR100DataModule(BaseDataModule):
         data = self.dataset("train") if isinstance(batch, RawBatch) else None
         return data.finish(batch) if isinstance(data, InMemory) else batch
 
-    def _read(self, train: bool) -> CIFAR100:
+    def _read(self, train: bool) -> CIFARImages:
+        name = "train" if train else "test"
         if self.sample:
-            return SampleCIFAR100(samples.build_once(self.root, "cifar100", samples.write_cifar100), train)
-        path = Path(self.root, CIFAR100.base_folder, "train" if train else "test")
-        try:
-            return CIFAR100(self.root, train)
-        except RuntimeError as error:
-            if path.exists():
-                raise RuntimeError(
-                    f"{path.parent} holds incomplete or changed files: train, test and meta must all be official. "
-                    "Remove the folder, then fetch it with --data.download=true"
-                ) from error
+            return CIFARImages(samples.build_once(self.root, "cifar100", samples.write_cifar100) / _FOLDER / name)
+        path = self.root / _FOLDER / name
+        if not path.is_file():
             raise FileNotFoundError(
                 f"no CIFAR-100 in root={str(self.root)!r}: {path} does not exist. Fetch it (or unpack a "
-                f"{CIFAR100.filename} that lies in root) with --data.download=true, name the folder that holds "
-                f"{CIFAR100.base_folder} with --data.root, or try a small sample with --data.sample=true"
-            ) from None
+                f"{ARCHIVE.filename} that lies in root) with --data.download=true, name the folder that holds "
+                f"{_FOLDER} with --data.root, or try a small sample with --data.sample=true"
+            )
+        if not check_integrity(path, SUMS[name]):
+            raise DataError(
+                f"{path} is incomplete or changed: it does not have the md5 sum {SUMS[name]}. Remove {path.parent}, "
+                "then fetch it with --data.download=true"
+            )
+        return CIFARImages(path)

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import tarfile
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -65,6 +67,45 @@ def write_once(folder: Path, write: Callable[[Path], None]) -> Path:
     return folder
 
 
+# More files, or more bytes for each byte of the archive, than an official one has: pictures hardly compress.
+_MOST_FILES, _MOST_GROWTH, _MOST_AT_LEAST = 2_000_000, 10, 2**26
+
+
+def check_archive(path: Path) -> None:
+    """Looks through a tar file, and through those that are in it, before anything of them is unpacked.
+
+    Raises:
+        DataError: If it is none, if a member would lie outside, is a link or a device, or if there is too much in it.
+    """
+    most, files = max(_MOST_AT_LEAST, _MOST_GROWTH * path.stat().st_size), 0
+
+    def look_through(tar: tarfile.TarFile, inside: str) -> None:
+        nonlocal most, files
+        for member in tar:
+            where = f"{path}: {inside}{member.name}"
+            if not (member.isfile() or member.isdir()):
+                raise DataError(f"{where} is a link or a device, which no official archive has; it is not unpacked")
+            tarfile.data_filter(member, "unpacked")
+            files, most = files + 1, most - member.size
+            if most < 0 or files > _MOST_FILES:
+                raise DataError(
+                    f"{where}: up to here there are {files:,} files in it, of more than {_MOST_FILES:,} files or "
+                    f"{_MOST_GROWTH} times its size in all; it is not unpacked"
+                )
+            if member.isfile() and member.name.endswith(".tar"):
+                most += member.size
+                with tarfile.open(fileobj=tar.extractfile(member), mode="r:") as inner:
+                    look_through(inner, f"{inside}{member.name}: ")
+
+    try:
+        with tarfile.open(path) as tar:
+            look_through(tar, "")
+    except tarfile.FilterError as error:
+        raise DataError(f"{path}: {error}; it is not unpacked") from error
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} is truncated or no archive: {error}. Fetch it again") from error
+
+
 class Archive(NamedTuple):
     """An official archive, and how to tell that it is unpacked.
 
@@ -84,7 +125,7 @@ class Archive(NamedTuple):
         """Unpacks the archive below `root`, where it lies or is downloaded to, unless that is done already.
 
         Raises:
-            DataError: If the archive is not the official one.
+            DataError: If the archive is not the official one, or `check_archive` has something against it.
         """
         path = root / self.filename
         if (root / self.marker).is_file() or not (download or path.is_file()):
@@ -97,6 +138,7 @@ class Archive(NamedTuple):
                 f"{path} is truncated or changed: its {path.stat().st_size:,} bytes do not have the md5 sum {self.md5}"
                 f". --data.download=true fetches it again, from {self.url}"
             )
+        check_archive(path)
         partial = root / f"{self.filename}.unpacking"
         shutil.rmtree(partial, ignore_errors=True)
         extract_archive(path, partial)
@@ -107,24 +149,34 @@ class Archive(NamedTuple):
         shutil.rmtree(partial)
 
 
-def read_image(path: Path, mode: str | None = "RGB") -> Image.Image:
+# Never PIL's others: it would hand an EPS, whatever its name, to Ghostscript, which runs programs.
+_FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF")
+
+
+def _undecodable(path: str | Path, error: Exception) -> DataError:
+    if isinstance(error, Image.DecompressionBombError):
+        return DataError(f"{path} is not decoded, for it would fill the memory: {error} Make it smaller or take it out")
+    # PIL names the file in some of its messages only.
+    return DataError(f"{path} cannot be decoded: {error}. Copy or fetch it again, or take it out")
+
+
+def read_image(path: str | Path, mode: str | None = "RGB") -> Image.Image:
     """A picture in PIL's colour mode `mode`, whatever mode it was stored in; None leaves it as it is.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        DataError: If it cannot be decoded, for one because it is truncated.
+        DataError: If it cannot be decoded, for one because it is truncated, or has more pixels than PIL's limit.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=_FORMATS) as image:
             if mode is None:
                 image.load()
                 return image
             return image.convert(mode)
     except FileNotFoundError:
         raise
-    except (OSError, SyntaxError, ValueError) as error:
-        # PIL names the file in some of its messages only.
-        raise DataError(f"{path} cannot be decoded: {error}. Copy or fetch it again, or take it out") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise _undecodable(path, error) from error
 
 
 # How a whole file of each format ends.
@@ -136,18 +188,18 @@ def inspect_image(path: Path) -> tuple[tuple[int, int], str]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        DataError: If it is no picture, or truncated.
+        DataError: If it is no picture, or truncated, or has more pixels than PIL's limit.
     """
     try:
-        with path.open("rb") as file, Image.open(file) as image:
+        with path.open("rb") as file, Image.open(file, formats=_FORMATS) as image:
             size, mode = image.size, image.mode
             end = _ENDS.get(image.format or "", b"")
             file.seek(-len(end), os.SEEK_END)
             whole = file.read() == end
     except FileNotFoundError:
         raise
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"{path} cannot be decoded: {error}. Copy or fetch it again, or take it out") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise _undecodable(path, error) from error
     if not whole:
         read_image(path)
     return size, mode

@@ -22,6 +22,7 @@ from torchvision.models import ResNet18_Weights
 
 from slimconv_lit.data import samples
 from slimconv_lit.data.base import BaseDataModule, OnBadImage, Split, Transformed, hold_out
+from slimconv_lit.data.files import check_archive, read_image
 from slimconv_lit.data.transforms import IMAGENET_STATS, imagenet_eval, imagenet_train
 
 
@@ -132,7 +133,10 @@ class ImageNetDataModule(BaseDataModule):
             return
         for split, parse in (("train", parse_train_archive), ("val", parse_val_archive)):
             if self._folder(self.root, split) is None and (self.root / ARCHIVE_META[split][0]).is_file():
+                check_archive(self.root / ARCHIVE_META[split][0])
                 if split == "val" and not (self.root / META_FILE).is_file():
+                    if (devkit := self.root / ARCHIVE_META["devkit"][0]).is_file():
+                        check_archive(devkit)
                     parse_devkit_archive(self.root)
                 # Renamed when complete: unpacking takes long enough to be interrupted.
                 partial = self.root / f"{split}.unpacking"
@@ -175,7 +179,7 @@ class ImageNetDataModule(BaseDataModule):
                 f"{archive}. Name the folder that holds them with --data.root{hold}, or try a small sample with "
                 "--data.sample=true. ImageNet itself is to be had, with an account, at https://www.image-net.org"
             )
-        data = ImageFolder(folder)
+        data = ImageFolder(folder, loader=read_image)
         train = self._folder(root, "train")
         if train is not None and (differing := sorted(set(data.classes) ^ set(find_classes(train)[0]))):
             raise ValueError(

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
-from xml.etree import ElementTree
+from xml.etree.ElementTree import ParseError
 
 import numpy as np
+from defusedxml import DTDForbidden, ElementTree, EntitiesForbidden  # type: ignore[import-untyped]
 from torchvision.datasets import VOCDetection
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -41,8 +42,10 @@ def _read_objects(path: Path) -> list[_Object]:
         DataError: If it is no XML, or an object has no class or no box of four numbers.
     """
     try:
-        tree = VOCDetection.parse_voc_xml(ElementTree.parse(path).getroot())
-    except ElementTree.ParseError as error:
+        tree = VOCDetection.parse_voc_xml(ElementTree.parse(path, forbid_dtd=True).getroot())
+    except (DTDForbidden, EntitiesForbidden) as error:
+        raise DataError(f"{path} defines entities, which no annotation of VOC does; it is not read") from error
+    except (ParseError, ValueError, LookupError, RecursionError) as error:
         raise DataError(f"{path} is truncated or no XML: {error}. Copy or fetch it again") from error
     if "annotation" not in tree:
         raise DataError(f"{path} is no annotation of VOC: it holds {some(tree)}")

@@ -4,7 +4,6 @@ import argparse
 import bisect
 import importlib.metadata
 import json
-import pickle
 import re
 import shutil
 import tempfile
@@ -90,8 +89,8 @@ def check_checkpoint(which: str) -> None:
         return
     try:
         carried = checkpoint_config(Path(which))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
-        raise UsageError(f"{which} is not a checkpoint: {_line(error, 120)}") from error
+    except ValueError as error:
+        raise UsageError(_line(error, 200)) from error
     if missing := {"model", "data"} - carried.keys():
         raise UsageError(f"{which} is not a checkpoint of `fit`: it does not tell its {' and '.join(sorted(missing))}")
 

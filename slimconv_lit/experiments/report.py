@@ -18,6 +18,9 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from slimconv_lit.analysis.latency import interleaved, machine, ratios, spread
+from slimconv_lit.checkpoint_files import read_checkpoint
+from slimconv_lit.config_files import read_yaml
+from slimconv_lit.data import BaseDataModule
 from slimconv_lit.tasks import BaseTask
 from slimconv_lit.usage import UsageError
 
@@ -119,13 +122,15 @@ def read_run(path: Path, label: str) -> Run:
         UsageError: If a file in it cannot be read; the message names it.
     """
     try:
-        config = yaml.safe_load((path / "config.yaml").read_text())
+        config = read_yaml(path / "config.yaml", yaml.safe_load)
         results = json.loads((path / "results.json").read_text()) if (path / "results.json").is_file() else {}
+        if not all(isinstance(value, int | float) for key, value in dict(results).items() if key != "network"):
+            raise ValueError("results.json has something else than numbers beside the network")
         curves = _curves(path / "metrics.csv") if (path / "metrics.csv").is_file() else {}
-    except (yaml.YAMLError, json.JSONDecodeError, ValueError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise UsageError(f"compare: {path} is damaged: {' '.join(str(error).split())[:200]}") from error
     pictures = {file.stem: file for file in sorted((path / "pictures").glob("*.png"))}
-    return Run(path, label, dict(_flat(config or {})), results, curves, pictures)
+    return Run(path, label, dict(_flat(config)), results, curves, pictures)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -170,14 +175,17 @@ def open_task(checkpoint: Path) -> tuple[BaseTask, tuple[int, ...]]:
     Raises:
         UsageError: If classes of another package made it.
     """
-    held = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    classes = []
-    for part in ("model", "data"):
+    held = read_checkpoint(checkpoint)
+    classes: list[Any] = []
+    for part, kind in (("model", BaseTask), ("data", BaseDataModule)):
         module, _, name = held["class_paths"][part].rpartition(".")
         # A checkpoint names the classes that made it; one of a stranger must not import what it likes.
         if not module.startswith("slimconv_lit."):
             raise UsageError(f"{checkpoint} was made by {module}.{name}; compare opens the package's own classes alone")
-        classes.append(getattr(importlib.import_module(module), name))
+        found = getattr(importlib.import_module(module), name, None)
+        if not (isinstance(found, type) and issubclass(found, kind)):
+            raise UsageError(f"{checkpoint} was made by {module}.{name}, which is no {kind.__name__}")
+        classes.append(found)
     task = classes[0].load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
     data = classes[1].load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
     return task, data.input_size
@@ -262,7 +270,8 @@ def _chart(runs: Sequence[Run], metric: str) -> str:
         for i, run in enumerate(runs):
             if points := run.curves.get(metric):
                 axes.plot(*zip(*points, strict=True), color=_COLOURS[i % len(_COLOURS)], linewidth=1.6)
-        axes.set_title(metric)
+        # A name is no formula, whatever signs it has.
+        axes.set_title(metric, parse_math=False)
         axes.set_xlabel("optimizer step")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

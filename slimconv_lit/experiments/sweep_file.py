@@ -13,8 +13,9 @@ from typing import Any, TypeAlias
 import numpy as np
 import yaml  # type: ignore[import-untyped]
 
-from slimconv_lit.config_files import CONFIGS
+from slimconv_lit.config_files import CONFIGS, read_yaml
 from slimconv_lit.ops.base import closest
+from slimconv_lit.trust import OPTION, asks_for_imports
 
 Point: TypeAlias = dict[str, Any]
 """One value for each parameter of a sweep, keyed by its dotted name."""
@@ -30,6 +31,7 @@ DISTRIBUTIONS = (
     *("inv_log_uniform_values", "normal", "q_normal"),
 )
 OURS = ("-m", "slimconv_lit", "fit")
+_MOST_POINTS = 10_000
 
 
 @dataclass(frozen=True)
@@ -65,10 +67,12 @@ class Sweep:
                 f"{self.path}: method 'bayes' is the W&B server's: start it with `wandb sweep {self.path}`, or say "
                 "`method: random` to run it here"
             )
-        if self.method == "grid":
-            grid = list(self._grid())
-            return grid[: count or self.run_cap]
         number = count or self.run_cap
+        if self.method == "grid":
+            grid = list(itertools.islice(self._grid(), min(number or _MOST_POINTS + 1, _MOST_POINTS + 1)))
+            self._refuse_too_many(len(grid))
+            return grid
+        self._refuse_too_many(number or 0)
         if not number:
             raise ValueError(f"{self.path}: a random search needs --count, or `run_cap` in the file")
         # Each point has a generator of its own: with a larger count, the first points stay what they were.
@@ -81,6 +85,12 @@ class Sweep:
         """What one point adds to the options of `fit`, as the W&B agent would: `--name=value`."""
         return [f"--{name}={value}" for name, value in point.items()]
 
+    def _refuse_too_many(self, points: int) -> None:
+        if points > _MOST_POINTS:
+            raise ValueError(
+                f"{self.path}: it has more than {_MOST_POINTS:,} points; --count takes the first ones alone"
+            )
+
     def _grid(self) -> Iterator[Point]:
         axes = {name: self._axis(name, rule) for name, rule in self.parameters.items()}
         for values in itertools.product(*axes.values()):
@@ -92,7 +102,8 @@ class Sweep:
         if "values" in rule:
             return list(rule["values"])
         if isinstance(rule.get("min"), int) and isinstance(rule.get("max"), int):
-            return list(range(rule["min"], rule["max"] + 1))
+            # It need not be longer than a sweep may be.
+            return list(range(rule["min"], rule["max"] + 1)[: _MOST_POINTS + 1])
         raise ValueError(f"{self.path}: parameters.{name}: a grid needs `values`; a range of fractions has no end")
 
 
@@ -116,12 +127,7 @@ def read_sweep(path: Path) -> Sweep:
     Raises:
         ValueError: If it is not one; the message names the file, the key and what would do.
     """
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())[:200]}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected `key: value` lines, found {type(values).__name__}")
+    values = read_yaml(path, yaml.safe_load)
     _check_keys(values, KEYS, f"{path}: ")
     method = values.get("method")
     if method not in METHODS:
@@ -133,8 +139,12 @@ def read_sweep(path: Path) -> Sweep:
     if not isinstance(parameters, dict) or not parameters:
         raise ValueError(f"{path}: parameters: expected one entry for each option, found {parameters!r}")
     for name, rule in parameters.items():
+        if asks_for_imports(f"--{name}"):
+            raise ValueError(f"{path}: parameters.{name}: a file cannot say {OPTION}; say it on the command line")
         _check_parameter(f"{path}: parameters.{name}", rule)
     run_cap = values.get("run_cap")
+    if run_cap is not None and (type(run_cap) is not int or run_cap < 1):
+        raise ValueError(f"{path}: run_cap: expected a number of points, found {str(run_cap)[:80]!r}")
     options = _options(path, values.get("command"))
     return Sweep(path, method, metric["name"], metric["goal"] == "maximize", parameters, options, run_cap)
 
@@ -171,6 +181,8 @@ def _options(path: Path, command: Any) -> tuple[str, ...]:
     if not isinstance(command, Sequence) or isinstance(command, str) or "${args}" not in command:
         raise ValueError(f"{path}: command must be a list with ${{args}} in it, such as {example}")
     words = [str(word) for word in command if word not in ("${env}", "${interpreter}", "${args}")]
+    if any(map(asks_for_imports, words)):
+        raise ValueError(f"{path}: command: a file cannot say {OPTION}; say it on the command line")
     if tuple(words[:3]) != OURS:
         raise ValueError(f"{path}: command must run `python -m slimconv_lit fit`, such as {example}")
     if unknown := [word for word in words if re.search(r"\$\{", word)]:

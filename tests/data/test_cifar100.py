@@ -1,11 +1,14 @@
+import hashlib
+import tarfile
 from collections import Counter
 
 import pytest
 import torch
 from torchvision.datasets import CIFAR100
 
-from slimconv_lit.data import CIFAR100DataModule
+from slimconv_lit.data import CIFAR100DataModule, cifar100, files
 from slimconv_lit.data.batched import InMemory
+from slimconv_lit.data.files import DataError
 
 
 @pytest.fixture
@@ -80,17 +83,26 @@ def test_missing_data_say_where_they_were_looked_for_and_what_to_do(tmp_path):
 def test_files_that_are_not_the_official_ones_are_not_called_missing(sample, sample_root, tmp_path):
     sample().prepare_data()
     (tmp_path / "cifar-100-python").symlink_to(f"{sample_root}/sample/cifar100/cifar-100-python")
-    with pytest.raises(RuntimeError, match="incomplete or changed files"):
+    with pytest.raises(DataError, match="test is incomplete or changed"):
         CIFAR100DataModule(root=str(tmp_path)).setup("test")
 
 
-def test_download_is_torchvisions_and_only_when_asked(tmp_path, monkeypatch):
+def test_the_archive_is_unpacked_where_it_lies_and_fetched_only_when_asked(sample, sample_root, tmp_path, monkeypatch):
+    sample().prepare_data()
+    with tarfile.open(tmp_path / "cifar-100-python.tar.gz", "w:gz") as tar:
+        tar.add(f"{sample_root}/sample/cifar100/cifar-100-python", "cifar-100-python")
+    md5 = hashlib.md5((tmp_path / "cifar-100-python.tar.gz").read_bytes()).hexdigest()
+    monkeypatch.setattr(cifar100, "ARCHIVE", cifar100.ARCHIVE._replace(md5=md5))
     asked = []
-    monkeypatch.setattr(CIFAR100, "__init__", lambda self, root, download: asked.append((str(root), download)))
+    monkeypatch.setattr(files, "download_url", lambda url, *_: asked.append(url))
+    CIFAR100DataModule(root=str(tmp_path / "empty")).prepare_data()
+    assert not (tmp_path / "empty").exists()
     CIFAR100DataModule(root=str(tmp_path)).prepare_data()
+    assert {path.name for path in (tmp_path / "cifar-100-python").iterdir()} == {"train", "test", "meta"}
     assert asked == []
+    (tmp_path / "cifar-100-python" / "meta").unlink()
     CIFAR100DataModule(root=str(tmp_path), download=True).prepare_data()
-    assert asked == [(str(tmp_path), True)]
+    assert asked == [CIFAR100.url]
 
 
 def test_holding_out_nothing_is_refused(sample):

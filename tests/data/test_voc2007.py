@@ -214,6 +214,11 @@ def test_an_empty_list_is_named(tmp_path):
     [
         ("<annotation><object><name>cat</na", r"a\.xml is truncated or no XML"),
         ("<html>404</html>", r"a\.xml is no annotation of VOC"),
+        ('<!DOCTYPE a [<!ENTITY b "x"><!ENTITY c "&b;&b;">]><a>&c;</a>', r"a\.xml defines entities"),
+        ('<!DOCTYPE a [<!ENTITY b SYSTEM "file:///etc/passwd">]><a>&b;</a>', r"a\.xml defines entities"),
+        ('<!DOCTYPE a SYSTEM "http://localhost/a.dtd"><a/>', r"a\.xml defines entities"),
+        ("<a>" * 5000 + "</a>" * 5000, r"a\.xml is truncated or no XML"),
+        ('<?xml version="1.0" encoding="klingon"?><annotation/>', r"a\.xml is truncated or no XML"),
         (
             "<annotation><object><name>cat</name></object></annotation>",
             r"a\.xml, object 1: .*needs a name and a bndbox",

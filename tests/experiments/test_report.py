@@ -90,7 +90,8 @@ def test_names_of_runs_are_escaped(tmp_path):
     folder = make_run(tmp_path / "x", network=evil)
     (folder / "config.yaml").write_text(yaml.safe_dump({"name": evil, evil: "<img src=x onerror=alert(1)>"}))
     other = make_run(tmp_path / "y")
-    (folder / "metrics.csv").write_text(f"epoch,step,{evil}\n0,1,2\n0,2,3\n")
+    # Neither a script nor a formula.
+    (folder / "metrics.csv").write_text(f"epoch,step,{evil},$\\frac{{\n0,1,2,1\n0,2,3,1\n")
     text = page([read_run(folder, evil), read_run(other, "y")], {})
     assert "<script" not in text
     assert "onerror=alert(1)>" not in text
@@ -129,6 +130,9 @@ def test_mistakes(in_tmp, capsys):
     (folder / "results.json").write_text("{")
     assert main(["compare", "a"]) == 2
     assert "a is damaged" in capsys.readouterr().err
+    (folder / "results.json").write_text('{"params": "<script>alert(1)</script>"}')
+    assert main(["compare", "a"]) == 2
+    assert "something else than numbers" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")

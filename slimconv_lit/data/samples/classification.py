@@ -50,7 +50,8 @@ def write_cifar100(folder: Path, per_class: tuple[int, int] = (30, 10), seed: in
 
 
 def _dump(path: Path, value: dict[str, object]) -> None:
-    path.write_bytes(pickle.dumps(value))
+    # As the official files are; a later protocol pickles arrays in other ways.
+    path.write_bytes(pickle.dumps(value, protocol=2))
 
 
 def write_imagenet(folder: Path, per_class: tuple[int, int] = (80, 20), seed: int = 0) -> None:

@@ -1,0 +1,74 @@
+"""What a configuration, a checkpoint or a sweep file may name: each may come from a stranger, and must not run code.
+
+Importing this module sets two switches of libraries, for the whole process:
+
+- jsonargparse imports the classes that a configuration names from the packages in `ALLOWED` alone, and looks also at
+  where a thing was defined, so that "torch.nn.os.system" does not get through. It builds classes only where an argument
+  asks for one of their kind.
+- `torch.load` unpickles nothing but tensors and plain values, in torchvision and timm too.
+
+It cannot be left to the readers of files, for jsonargparse reads texts inside texts and files that files name.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+
+from jsonargparse import set_parsing_settings
+
+ALLOWED = (
+    "slimconv_lit",
+    # Of Lightning's, what a trainer is put together from; parts of these are defined in lightning_fabric.
+    *(f"pytorch_lightning.{part}" for part in ("accelerators", "callbacks", "loggers", "plugins", "profilers")),
+    "pytorch_lightning.strategies",
+    *(f"lightning_fabric.{part}" for part in ("accelerators", "plugins", "strategies")),
+    # All of torch would be too much: torch.hub and torch.utils.cpp_extension are there to run code.
+    *("torch.nn", "torch.optim", "torch.distributed.fsdp"),
+    "torchmetrics",
+    "pl_bolts.callbacks",
+)
+"""Packages, with all that is in them, that a configuration may name classes of."""
+
+OPTION = "--allow-import"
+
+set_parsing_settings(
+    import_path_denylist=["*"], import_path_allowlist=list(ALLOWED), instantiate_subclass_spec_in_any=False
+)
+# Who has set the opposite has decided for himself, and torch takes only one of both.
+if "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD" not in os.environ:
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+
+
+def allow_imports(words: Sequence[str]) -> list[str]:
+    """Follows each `--allow-import NAME` of a command line, until the process ends, and returns the other words.
+
+    It stands on the command line alone: a file that could say it would let itself in.
+
+    Raises:
+        ValueError: If a name is missing, or cannot be one of a package.
+    """
+    names: list[str] = []
+    others = list(_without_names(words, names))
+    if names:
+        try:
+            set_parsing_settings(import_path_allowlist=names)
+        except ValueError as error:
+            raise ValueError(f"{OPTION} {' '.join(names)}: {error}") from error
+    return others
+
+
+def asks_for_imports(word: str) -> bool:
+    """Whether a word of a command line is `--allow-import`, with or without a name."""
+    return word.partition("=")[0].replace("_", "-") == OPTION
+
+
+def _without_names(words: Sequence[str], names: list[str]) -> Iterator[str]:
+    remaining = iter(words)
+    for word in remaining:
+        if not asks_for_imports(word):
+            yield word
+            continue
+        _, equals, name = word.partition("=")
+        name = name if equals else next(remaining, "")
+        if not name:
+            raise ValueError(f"{OPTION} needs the name of a package: {OPTION} my_package")
+        names.append(name)

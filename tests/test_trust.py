@@ -1,0 +1,202 @@
+"""Files from a stranger: nothing that they hold or name is run, unless the command line allows it."""
+
+import json
+import os
+
+import pytest
+import torch
+import yaml
+
+from slimconv_lit.cli import main
+
+FIT = ["fit", "--config=quickstart.yaml", "--config=x.yaml", "--print_config"]
+
+
+class Evil:
+    """Unpickled as a call of `os.mkdir`."""
+
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+@pytest.fixture
+def evil(in_tmp, monkeypatch):
+    """A module `evil` that leaves the folder "ran" when it is imported, and classes of every kind."""
+    monkeypatch.syspath_prepend(in_tmp)
+    (in_tmp / "evil.py").write_text(
+        "import os, pytorch_lightning as pl, slimconv_lit\nos.mkdir('ran')\nclass Back(pl.Callback): pass\n"
+        "class Task(slimconv_lit.ClassificationTask): pass\nclass Op(slimconv_lit.SlimConv2d): pass\n"
+    )
+    yield in_tmp
+    monkeypatch.delitem(__import__("sys").modules, "evil", raising=False)
+
+
+def refused(words, capsys, *said):
+    """That a command line ends with one line and status 2, and that nothing of `evil` has run."""
+    assert main(words) == 2
+    errors = capsys.readouterr().err
+    assert "Traceback" not in errors
+    lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    for text in said:
+        assert text in errors
+    assert not os.path.exists("ran")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["test", "--ckpt_path=evil.ckpt"],
+        ["fit", "--ckpt_path=evil.ckpt"],
+        ["fit", "--config=quickstart.yaml", "--model.weights=evil.ckpt"],
+        ["prune", "--ckpt_path=evil.ckpt"],
+        ["explain", "--ckpt_path=evil.ckpt"],
+        ["export", "--ckpt_path=evil.ckpt"],
+        ["benchmark", "evil.ckpt"],
+        ["compare", "evil_run", "--rounds=1"],
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_with_code_is_not_unpickled(words, zipped, in_tmp, capsys):
+    (in_tmp / "evil_run" / "checkpoints").mkdir(parents=True)
+    (in_tmp / "evil_run" / "config.yaml").write_text("name: x")
+    for path in ("evil.ckpt", "evil_run/checkpoints/best.ckpt"):
+        torch.save({"state_dict": {"w": Evil()}}, path, _use_new_zipfile_serialization=zipped)
+    refused(words, capsys, ".ckpt")
+
+
+def test_libraries_cannot_unpickle_either(in_tmp):
+    torch.save(Evil(), "x.pth")
+    with pytest.raises(Exception, match="Weights only load failed"):
+        torch.hub.load_state_dict_from_url("http://localhost/x.pth", model_dir=".", weights_only=False)
+    assert not os.path.exists("ran")
+
+
+BACK = {"class_path": "evil.Back"}
+CONFIGS = {
+    "a callback": {"trainer": {"callbacks": [BACK]}},
+    "a text": {"trainer": {"callbacks": "evil.Back"}},
+    "a text in a text": {"trainer": {"callbacks": json.dumps([BACK])}},
+    "a file that the file names": {"trainer": {"callbacks": ["back.yaml"]}},
+    "a logger": {"trainer": {"logger": {"class_path": "evil.Back"}}},
+    "a strategy": {"trainer": {"strategy": {"class_path": "evil.Back"}}},
+    "a plugin": {"trainer": {"plugins": ["evil.Back"]}},
+    "a task": {"model": {"class_path": "evil.Task", "init_args": {"backbone": "cifar_resnet20"}}},
+    "an operator": {"model": {"init_args": {"operator": {"class_path": "evil.Op"}}}},
+    "data": {"data": {"class_path": "evil.Data"}},
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_a_config_names_classes_of_known_packages_alone(config, evil, capsys):
+    (evil / "x.yaml").write_text(yaml.safe_dump(config))
+    (evil / "back.yaml").write_text(yaml.safe_dump(BACK))
+    refused(FIT, capsys, "--allow-import evil")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "subprocess.Popen",
+        "torch.hub.load",
+        "torch.nn.functional.importlib.import_module",
+        "torch.nn.modules.module.functools.partial",
+        "slimconv_lit.cli.os.system",
+        "slimconv_lit.cli.main",
+        "slimconv_lit.tasks.ClassificationTask.load_from_checkpoint",
+        "pytorch_lightning.callbacks.Callback.__subclasses__",
+    ],
+)
+def test_other_code_is_not_reached_through_a_known_package(name, in_tmp, capsys):
+    lambdas = "pytorch_lightning.callbacks.LambdaCallback"
+    for callback in (
+        {"class_path": name, "init_args": {"path": "ran"}},
+        {"class_path": lambdas, "init_args": {"on_fit_start": {"class_path": name}}},
+    ):
+        (in_tmp / "x.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [callback]}}))
+        refused(FIT, capsys)
+
+
+def test_who_trusts_a_package_says_so(evil, capsys):
+    (evil / "x.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [BACK]}}))
+    (evil / "allowing.yaml").write_text("allow-import: evil")
+    refused([*FIT, "--config=allowing.yaml"], capsys, "not accepted")
+    refused([*FIT, "--allow-import"], capsys, "--allow-import needs the name")
+    refused([*FIT, "--allow-import=jsonargparse"], capsys, "jsonargparse")
+    assert main([*FIT, "--allow-import=evil"]) == 0
+    assert "evil.Back" in capsys.readouterr().out
+    assert (evil / "ran").is_dir()
+
+
+@pytest.mark.parametrize(
+    "carried",
+    [
+        {"hyper_parameters": {"_class_path": "evil.Task", "backbone": "cifar_resnet20"}},
+        {"class_paths": {"model": "evil.Task"}},
+        {"class_paths": {"model": "slimconv_lit.cli.main"}},
+        {"hyper_parameters": {"_instantiator": "evil.build", "_class_path": "evil.Task"}},
+        {"hyper_parameters": {"backbone": "x", "operator": {"class_path": "evil.Op"}}},
+        {"hyper_parameters": ["no mapping"]},
+    ],
+    ids=str,
+)
+def test_a_checkpoint_names_classes_of_known_packages_alone(carried, evil, monkeypatch, capsys):
+    # Other tests of this process may have allowed it.
+    (evil / "run" / "checkpoints").mkdir(parents=True)
+    (evil / "run" / "config.yaml").write_text("name: x")
+    paths = {"model": "slimconv_lit.tasks.ClassificationTask", "data": "slimconv_lit.data.DigitsDataModule"}
+    torch.save({"class_paths": paths, "state_dict": {}} | carried, "run/checkpoints/last.ckpt")
+    refused(["test", "--ckpt_path=run/checkpoints/last.ckpt"], capsys)
+    refused(["compare", "run", "--rounds=1"], capsys)
+
+
+def test_a_sweep_cannot_allow_itself(evil, capsys):
+    sweep = {
+        "method": "grid",
+        "metric": {"name": "test/top1", "goal": "maximize"},
+        "parameters": {"model.lr": {"values": [0.1]}},
+        "command": ["-m", "slimconv_lit", "fit", "--config=quickstart.yaml", "${args}"],
+    }
+    for changes in (
+        {"command": [*sweep["command"], "--allow-import=evil"]},
+        {"command": [*sweep["command"], "--allow_import", "evil"]},
+        {"parameters": {"allow-import": {"value": "evil"}}},
+    ):
+        (evil / "s.yaml").write_text(yaml.safe_dump(sweep | changes))
+        refused(["sweep", "s.yaml", "--dry_run"], capsys, "a file cannot say --allow-import")
+    (evil / "s.yaml").write_text(yaml.safe_dump(sweep | {"parameters": {"trainer.callbacks": {"value": "evil.Back"}}}))
+    assert main(["sweep", "s.yaml", "--dry_run"]) == 0
+    assert "cannot be built: trainer.callbacks: evil.Back is of no package" in capsys.readouterr().out
+    assert not os.path.exists("ran")
+
+
+def test_what_is_typed_follows_the_same_rule(evil, capsys):
+    refused(["profile", "cifar_resnet20", "--operator=evil.Op"], capsys, "--allow-import evil")
+    refused(["fit", "--config=quickstart.yaml", "--trainer.callbacks=evil.Back"], capsys, "--allow-import evil")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: &a [*a]", "recursion"),
+        ("- [" * 60, "50 deep"),
+        ("a: " + "[" * 400_000, "50 deep"),
+        ("a: '" + "[" * 20_000 + "'", "10,000 characters"),
+        ("a: b\n" * 300_000, "1,048,576 bytes"),
+        ("base: x.yaml", "start from one another"),
+        ("base: [{}]", "`base` is the name of a file"),
+        ("model: [1]", "model"),
+        ("name: [1]", "name"),
+        (
+            "a0: &a0 [x, x]\n" + "\n".join(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9)),
+            "100,000",
+        ),
+        ("? [1]\n: 2", "x.yaml"),
+        ("a: \ud800".encode("utf-8", "surrogatepass"), "x.yaml"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_configs_that_are_bombs_or_no_configs(text, said, in_tmp, capsys):
+    (in_tmp / "x.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    refused(FIT, capsys, said)
