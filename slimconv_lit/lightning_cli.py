@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +32,7 @@ from slimconv_lit.callbacks import (
 from slimconv_lit.callbacks.run_folder import make_checkpoints, make_loggers, new_run_folder
 from slimconv_lit.config_files import Config, compose
 from slimconv_lit.data import BaseDataModule
+from slimconv_lit.distributed import FSDP2, check_devices, launched
 from slimconv_lit.errors import Parser, explain
 from slimconv_lit.quiet import quieten
 from slimconv_lit.tables import format_table
@@ -142,6 +144,8 @@ class SlimCLI(LightningCLI):
         """
         try:
             super().instantiate_classes()
+            if self.trainer is not None:
+                check_devices(self.trainer, self.model)
         except (ValueError, MisconfigurationException) as error:
             if self.run_folder:
                 with contextlib.suppress(OSError):
@@ -154,6 +158,9 @@ class SlimCLI(LightningCLI):
             self._take_shape(path)
         if self.trainer is not None:
             self._speed_up()
+            if isinstance(self.trainer.strategy, FSDP2):
+                # Now: a sharded network cannot be counted.
+                _ = self.costs
 
     def _speed_up(self) -> None:
         own, on_gpu = self.config[self.verb], isinstance(self.trainer.accelerator, CUDAAccelerator)
@@ -179,6 +186,8 @@ class SlimCLI(LightningCLI):
         trainer = own["trainer"]
         callbacks = trainer["callbacks"] or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
+        if trainer["devices"] == "auto" and trainer["num_nodes"] == 1:
+            kwargs |= launched()
         if not trainer["fast_dev_run"]:
             path = new_run_folder(Path(own["run_root"]), own["name"] or self.verb, self.purpose)
             self.run_folder = RunFolder(path, self.full_config())
@@ -233,12 +242,16 @@ class SlimCLI(LightningCLI):
         tested = self.trainer.test(self.model, self.datamodule, ckpt_path=best, weights_only=True, verbose=False)
         self._report(tested, seconds=round(folder.seconds, 1))
 
+    @cached_property
+    def costs(self) -> dict[str, int]:
+        """What the network has and takes: params and macs."""
+        return {"params": params(self.model.model), "macs": macs(*self.model.counted(self.datamodule.input_size))}
+
     def _report(self, tested: Sequence[Mapping[str, float]], **more: float) -> None:
         self.results = {
             "network": describe_network(self.model.hparams),
             **{key: value for of_loader in tested for key, value in of_loader.items()},
-            "params": params(self.model.model),
-            "macs": macs(*self.model.counted(self.datamodule.input_size)),
+            **self.costs,
             **more,
         }
         if self.trainer.is_global_zero:
@@ -290,9 +303,7 @@ def preview(argv: Sequence[str]) -> dict[str, Any]:
     """
     with WithoutWeights():
         cli = build_fit(argv)
-        network = cli.model.model
-        costs = {"params": params(network), "macs": macs(*cli.model.counted(cli.datamodule.input_size))}
-    return {"network": describe_network(cli.model.hparams)} | costs
+        return {"network": describe_network(cli.model.hparams)} | cli.costs
 
 
 class _Opened(SlimCLI):

@@ -1,5 +1,7 @@
 """Writes detections batch by batch: predictions.json in COCO's format of results, and annotated pictures."""
 
+import contextlib
+import heapq
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -90,7 +92,7 @@ class DetectionWriter(BasePredictionWriter):
             for found, index in zip(prediction, batch_indices or (), strict=True):
                 number = self._image_ids.get(found["name"], index + 1)
                 for row in coco_results(found, number, found["name"], category_ids):
-                    file.write(json.dumps(row) + "\n")
+                    file.write(f"{index}\t{json.dumps(row)}\n")
         for found, picture in zip(prediction, pl_module.draw(batch, prediction), strict=True):
             path = folder_of(trainer) / "predictions" / "boxes" / found["name"]
             if path.suffix.lower() not in IMG_EXTENSIONS:
@@ -111,8 +113,11 @@ class DetectionWriter(BasePredictionWriter):
         if not trainer.is_global_zero:
             return
         parts = [self._part(trainer, rank) for rank in range(trainer.world_size)]
-        with (folder_of(trainer) / "predictions.json").open("w") as file:
-            rows = (line.rstrip() for part in parts if part.exists() for line in part.open())
+        with contextlib.ExitStack() as opened, (folder_of(trainer) / "predictions.json").open("w") as file:
+            lines = [opened.enter_context(part.open()) for part in parts if part.exists()]
+            # In the order of the images, however many processes have shared them.
+            merged = heapq.merge(*lines, key=lambda line: int(line.partition("\t")[0]))
+            rows = (line.partition("\t")[2].rstrip() for line in merged)
             file.write("[" + next(rows, ""))
             for row in rows:
                 file.write(",\n" + row)

@@ -4,7 +4,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from PIL import Image
 from torchvision.datasets.utils import check_integrity, download_url, extract_archive
@@ -107,15 +107,17 @@ class Archive(NamedTuple):
         shutil.rmtree(partial)
 
 
-def read_image(path: Path, mode: str | None = "RGB") -> Image.Image:
+def read_image(path: Path, mode: str | None = "RGB", content: BinaryIO | None = None) -> Image.Image:
     """A picture in PIL's colour mode `mode`, whatever mode it was stored in; None leaves it as it is.
+
+    `content` is read in the place of the file, which then only has to be named.
 
     Raises:
         FileNotFoundError: If there is no such file.
         DataError: If it cannot be decoded, for one because it is truncated.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(content or path) as image:
             if mode is None:
                 image.load()
                 return image
