@@ -113,7 +113,7 @@ def same_batch(way, root):
 
 
 def goes_on(way, root):
-    """Whether an epoch that is begun in the middle goes on as one that was never stopped, and the seconds until then."""
+    """Whether an epoch begun in the middle goes on as one that was never stopped, and the seconds until then."""
     try:
         started = time.perf_counter()
         rest = names(way(root, start=MIDDLE), 1)
@@ -178,7 +178,11 @@ def main():
     print(format_table(rows))
     if args.output:
         command = f"python benchmarks/shards.py --images {args.images} --rounds {args.rounds}"
-        versions = {"webdataset": webdataset.__version__, "litdata": litdata.__version__, "bytes per image": round(size)}
+        versions = {
+            "webdataset": webdataset.__version__,
+            "litdata": litdata.__version__,
+            "bytes per image": round(size),
+        }
         args.output.write_text(json.dumps({"command": command, **machine(), **versions, "rows": rows}, indent=2) + "\n")
 
 

@@ -10,9 +10,9 @@ from datetime import timedelta
 from typing import Any
 
 import pytorch_lightning as pl
-from lightning_fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from pytorch_lightning.accelerators import CUDAAccelerator
-from pytorch_lightning.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from pytorch_lightning.strategies import ModelParallelStrategy
 from pytorch_lightning.trainer.states import TrainerFn
 from torch import nn
@@ -49,7 +49,7 @@ class FSDP2(ModelParallelStrategy):
         self,
         unit_params: int = 1_000_000,
         process_group_backend: str | None = None,
-        timeout: timedelta | None = default_pg_timeout,
+        timeout: timedelta | None = timedelta(minutes=30),
     ) -> None:
         super().__init__(1, 1, False, process_group_backend, timeout)
         self.unit_params = unit_params

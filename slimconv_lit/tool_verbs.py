@@ -130,7 +130,11 @@ def run_tool(verb: str, argv: Sequence[str]) -> int:
     positional = {"models": "pattern", "profile": "backbone"}.get(verb)
     if positional:
         parser.add_argument(positional, type=str, nargs="?" if verb == "models" else None)
-    parser.add_function_arguments(function, skip={positional} if positional else set())
+    if verb == "prepare":
+        # As a flag, without the `=true` that a function's argument asks for.
+        parser.add_argument("--verify", action="store_true", help="write nothing; compare OUTPUT with its checksums")
+    own: set[str | int] = {"verify", *([positional] if positional else [])}
+    parser.add_function_arguments(function, skip=own)
     # What the imports made is there to stay; the garbage collector would spend seconds on going over it again.
     gc.freeze()
     try:

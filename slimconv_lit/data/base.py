@@ -53,7 +53,7 @@ class EpochSampler(DistributedSampler[Key]):
         super().__init__(range(length), num_replicas, rank, seed=seed)  # type: ignore[arg-type]
         self.length = length
 
-    def __iter__(self) -> Iterator[Key]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Key]:
         rng = np.random.default_rng((self.seed, self.epoch))
         order = rng.permutation(self.length)
         seeds = rng.integers(2**32, size=self.length)

@@ -30,10 +30,10 @@ class ImageNetDataModule(BaseDataModule):
     """Images in `root`/train/CLASS/*.JPEG and `root`/val/CLASS/*.JPEG, of 1,000 or any number of classes.
 
     `root` may instead hold the official archives ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and
-    ILSVRC2012_devkit_t12.tar.gz, which are unpacked there once, or the shards that `prepare` writes: then all is as with
-    the folder that they are of. `validation` is accepted for `val`. Where there is no `test` folder with class folders,
-    the validation images also test, as is usual for ImageNet; to choose a checkpoint on other images than it is
-    reported on, hold some out of train with `val_fraction`.
+    ILSVRC2012_devkit_t12.tar.gz, which are unpacked there once, or the shards that `prepare` writes; these stand
+    for the folder that they are of. `validation` is accepted for `val`. Where there is no `test` folder with class
+    folders, the validation images also test, as is usual for ImageNet; to choose a checkpoint on other images than it
+    is reported on, hold some out of train with `val_fraction`.
 
     Training takes a random part of the image at `image_size`; testing resizes the shorter side to `eval_size / 0.875`
     pixels (bilinear, antialiased) and crops `eval_size` from the centre: 256 and 224, or 293 and 256 for the paper's
@@ -107,9 +107,10 @@ class ImageNetDataModule(BaseDataModule):
         else:
             return tuple(f"class {number}" for number in range(num_classes or 0))
         if num_classes not in (None, len(found)):
+            where = "the sample" if self.sample else train or self.root
             raise ValueError(
-                f"num_classes={num_classes}, but {'the sample' if self.sample else train or self.root} has {len(found)} "
-                f"classes; leave num_classes out or set it to {len(found)}"
+                f"num_classes={num_classes}, but {where} has {len(found)} classes; "
+                f"leave num_classes out or set it to {len(found)}"
             )
         wnids = len(found) == len(official) and all(re.fullmatch(r"n\d{8}", name) for name in found)
         return official if wnids else found

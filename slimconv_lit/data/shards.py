@@ -1,4 +1,4 @@
-"""A folder of images as a few large files: uncompressed tar files, and an index that says where in them each image lies.
+"""A folder of images as a few large files: uncompressed tar files, and an index of where in them each image lies.
 
     ROOT/manifest.json       classes; of each split its images; of each file its bytes and SHA-256 sum
     ROOT/train.npy           a row for each image, in the order that torchvision's ImageFolder has them
@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -52,7 +53,7 @@ class Member(NamedTuple):
     bytes: int
 
 
-class ShardedImages:
+class ShardedImages(Dataset[tuple[Image.Image, int]]):
     """(PIL image, label) of a split, in the order of the folder that it was made from.
 
     Args:

@@ -12,19 +12,21 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import timm  # noqa: F401 - so that the processes need not import it, as what else has this mark
 import torch
+import torch.utils.tensorboard
 import yaml
 from PIL import Image
 from torch.multiprocessing import start_processes
 
 from slimconv_lit.cli import main
-from slimconv_lit.lightning_cli import run  # noqa: F401 - imported before the fork
+from slimconv_lit.lightning_cli import run  # noqa: F401
 
 # No batch norm: that of two devices with four images each is another than that of one with eight.
 RECIPE = {
     "model": {
         "class_path": "ClassificationTask",
-        "init_args": {"backbone": "timm:test_efficientnet_gn", "lr": 0.1, "nesterov": True, "warmup_epochs": 1},
+        "init_args": {"backbone": "timm:test_efficientnet_gn", "lr": 0.03, "nesterov": True},
     },
     "data": {"class_path": "ImageNetDataModule", "init_args": {"image_size": 32, "eval_size": 32, "num_workers": 0}},
     "trainer": {
@@ -83,7 +85,9 @@ def all_runs():
     fit = ["fit", "--config=tiny.yaml", "--data.root=data", "--data.eval_batch_size=1"]
     launch("one", 1, *fit, "--data.batch_size=8")
     launch("ddp2", 2, fit[0], "--config=trainer/ddp.yaml", *fit[1:], "--data.batch_size=4")
-    launch("ddp4", 4, *fit, "--data.batch_size=2")
+    # The same images from shards, with no config but the recipe.
+    assert main(["prepare", "--data.root=data", "--output=shards", "--shard_images=5"]) == 0
+    launch("ddp4", 4, *fit, "--data.root=shards", "--data.batch_size=2")
     sharded = ["--config=trainer/fsdp.yaml", "--trainer.strategy.init_args.unit_params=10000"]
     launch("fsdp2", 2, fit[0], *sharded, *fit[1:], "--data.batch_size=4")
     (checkpoint,) = Path("runs/one").glob("*/checkpoints/last.ckpt")
