@@ -18,6 +18,7 @@ TOOL_VERBS = {
     "explain": "draw what a checkpoint's network does with images",
     "export": "write a checkpoint's network to a file for other runtimes, and check it",
     "benchmark": "time a network against its plain counterpart",
+    "prepare": "pack a folder of images into a few large files with checksums",
     "models": "list the networks that a config can name",
     "profile": "count parameters and multiply-accumulates of a network, layer by layer",
     "paper": "rebuild the networks of the papers' tables and compare the counts",

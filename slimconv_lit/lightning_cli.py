@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +39,7 @@ from slimconv_lit.callbacks.run_folder import Lock, new_run_folder
 from slimconv_lit.checkpoint_files import read_checkpoint
 from slimconv_lit.config_files import Config, compose
 from slimconv_lit.data import BaseDataModule
+from slimconv_lit.distributed import FSDP2, check_devices, launched
 from slimconv_lit.errors import Parser, explain
 from slimconv_lit.faults import RunError, explain_fault
 from slimconv_lit.memory import keep_memory
@@ -171,6 +173,8 @@ class SlimCLI(LightningCLI):
         """
         try:
             super().instantiate_classes()
+            if self.trainer is not None:
+                check_devices(self.trainer, self.model)
         except (ValueError, MisconfigurationException) as error:
             if os.environ.get("JSONARGPARSE_DEBUG"):
                 raise
@@ -180,6 +184,9 @@ class SlimCLI(LightningCLI):
             self._take_shape(path)
         if self.trainer is not None:
             self._speed_up()
+            if isinstance(self.trainer.strategy, FSDP2):
+                # Now: a sharded network cannot be counted.
+                _ = self.costs
 
     def _speed_up(self) -> None:
         own, on_gpu = self.config[self.verb], isinstance(self.trainer.accelerator, CUDAAccelerator)
@@ -207,6 +214,8 @@ class SlimCLI(LightningCLI):
         trainer = own["trainer"]
         callbacks = trainer["callbacks"] or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
+        if trainer["devices"] == "auto" and trainer["num_nodes"] == 1:
+            kwargs |= launched()
         if not trainer["fast_dev_run"]:
             path = self._open_folder(own)
             self.run_folder = RunFolder(path, self.full_config())
@@ -314,12 +323,16 @@ class SlimCLI(LightningCLI):
         tested = self.trainer.test(self.model, self.datamodule, ckpt_path=best, weights_only=True, verbose=False)
         self._report(tested, seconds=round(folder.seconds, 1))
 
+    @cached_property
+    def costs(self) -> dict[str, int]:
+        """What the network has and takes: params and macs."""
+        return {"params": params(self.model.model), "macs": macs(*self.model.counted(self.datamodule.input_size))}
+
     def _report(self, tested: Sequence[Mapping[str, float]], **more: float) -> None:
         self.results = {
             "network": describe_network(self.model.hparams),
             **{key: value for of_loader in tested for key, value in of_loader.items()},
-            "params": params(self.model.model),
-            "macs": macs(*self.model.counted(self.datamodule.input_size)),
+            **self.costs,
             **more,
         }
         if self.trainer.is_global_zero:
@@ -366,9 +379,7 @@ def preview(argv: Sequence[str]) -> dict[str, Any]:
     """
     with WithoutWeights():
         cli = build_fit(argv)
-        network = cli.model.model
-        costs = {"params": params(network), "macs": macs(*cli.model.counted(cli.datamodule.input_size))}
-    return {"network": describe_network(cli.model.hparams)} | costs
+        return {"network": describe_network(cli.model.hparams)} | cli.costs
 
 
 class _Opened(SlimCLI):

@@ -1,5 +1,7 @@
 """Writes detections batch by batch: predictions.json in COCO's format of results, and annotated pictures."""
 
+import contextlib
+import heapq
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -89,9 +91,10 @@ class DetectionWriter(BasePredictionWriter):
         with self._part(trainer, trainer.global_rank).open("a") as file:
             for i, found in enumerate(prediction):
                 # Where a picture was left out, the indices are more than the predictions; the data set's numbers hold.
-                number = self._image_ids.get(found["name"]) or (batch_indices or ())[i] + 1
+                index = (batch_indices or ())[i]
+                number = self._image_ids.get(found["name"]) or index + 1
                 for row in coco_results(found, number, found["name"], category_ids):
-                    file.write(json.dumps(row) + "\n")
+                    file.write(f"{index}\t{json.dumps(row)}\n")
         for found, picture in zip(prediction, pl_module.draw(batch, prediction), strict=True):
             path = folder_of(trainer) / "predictions" / "boxes" / found["name"]
             if path.suffix.lower() not in IMG_EXTENSIONS:
@@ -112,8 +115,11 @@ class DetectionWriter(BasePredictionWriter):
         if not trainer.is_global_zero:
             return
         parts = [self._part(trainer, rank) for rank in range(trainer.world_size)]
-        with (folder_of(trainer) / "predictions.json").open("w") as file:
-            rows = (line.rstrip() for part in parts if part.exists() for line in part.open())
+        with contextlib.ExitStack() as opened, (folder_of(trainer) / "predictions.json").open("w") as file:
+            lines = [opened.enter_context(part.open()) for part in parts if part.exists()]
+            # In the order of the images, however many processes have shared them.
+            merged = heapq.merge(*lines, key=lambda line: int(line.partition("\t")[0]))
+            rows = (line.partition("\t")[2].rstrip() for line in merged)
             file.write("[" + next(rows, ""))
             for row in rows:
                 file.write(",\n" + row)

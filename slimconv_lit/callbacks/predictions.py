@@ -1,7 +1,9 @@
 """Writes the classes of images batch by batch: predictions.csv and a contact sheet."""
 
+import contextlib
 import csv
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +66,14 @@ class PredictionWriter(BasePredictionWriter):
             return
         if trainer.world_size > 1:
             parts = [self._part(trainer, rank) for rank in range(trainer.world_size)]
-            text = "".join(part.read_text() for part in parts if part.exists())
-            (folder_of(trainer) / "predictions.csv").write_text(text)
+            path = folder_of(trainer) / "predictions.csv"
+            with contextlib.ExitStack() as opened, path.open("w", newline="") as whole:
+                first, *others = [opened.enter_context(part.open(newline="")) for part in parts]
+                whole.write(next(first))
+                # The images were dealt out in turn, and so are their rows.
+                for rows in zip_longest(first, *others, fillvalue=""):
+                    whole.writelines(rows)
             for part in parts:
-                part.unlink(missing_ok=True)
+                part.unlink()
         if self._pictures:
             save_figure(contact_sheet(self._pictures), pictures_of(trainer) / "predictions.png", trainer)

@@ -63,7 +63,11 @@ class MaskWriter(BasePredictionWriter):
         for image, found in zip(pl_module.pixels(batch[0]), prediction, strict=True):
             pixels, labels = image.permute(1, 2, 0).cpu().numpy(), found["labels"].to(torch.uint8).cpu().numpy()
             mask = folder / "masks" / Path(found["name"]).with_suffix(".png")
-            if mask.exists():
+            mask.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                # Looking first would not do: another process may have the image of the same name.
+                mask.touch(exist_ok=False)
+            except FileExistsError:
                 # Of a.jpg and a.png in one folder, the second keeps its whole name.
                 mask = mask.with_name(f"{Path(found['name']).name}.png")
             over = (folder / "overlays" / mask.relative_to(folder / "masks")).with_suffix(".jpg")

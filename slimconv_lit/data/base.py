@@ -4,7 +4,6 @@ In training, the sampler deals a random seed with every image. So what an image 
 datamodule's seed, the epoch and the image, and neither on the number of workers nor on where a run was interrupted.
 """
 
-import math
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -15,12 +14,13 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from PIL import Image, ImageOps
+from pytorch_lightning.overrides.distributed import UnrepeatedDistributedSampler
 from pytorch_lightning.utilities.seed import isolate_rng
 from sklearn.model_selection import train_test_split
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from slimconv_lit.data.files import read_image
+from slimconv_lit.data.files import DataError, read_image
 from slimconv_lit.data.loading import LeftOut, Loader, skipping
 
 Split: TypeAlias = Literal["train", "val", "test"]
@@ -37,30 +37,32 @@ class Source(Protocol):
     def __getitem__(self, index: int, /) -> tuple[Any, ...]: ...
 
 
-class EpochSampler(Sampler[Key]):
+class EpochSampler(DistributedSampler[Key]):
     """Every image once in an order drawn from (seed, epoch), each with a random seed of its own.
 
-    Lightning calls `set_epoch` before each epoch, after a resume too.
+    Lightning calls `set_epoch` before each epoch, after a resume too. Of several devices each takes its turn in the one
+    order: together, the batches of a step are the batch that one device would have with as many images. So that all
+    have the same number of images, the first few of the order are dealt once more where it does not divide.
 
     Args:
         length: The number of images.
         seed: Not negative.
+        num_replicas: How many devices share the images.
+        rank: Which of them this is, from 0.
     """
 
-    def __init__(self, length: int, seed: int) -> None:
-        self.length, self.seed, self.epoch = length, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the order of that epoch, counted from 0."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.length
+    # A `DistributedSampler`, for Lightning puts its own around any other, and does not hand `set_epoch` on to it: on
+    # several devices, all epochs would be the first.
+    def __init__(self, length: int, seed: int, num_replicas: int = 1, rank: int = 0) -> None:
+        super().__init__(range(length), num_replicas, rank, seed=seed)  # type: ignore[arg-type]
+        self.length = length
 
     def __iter__(self) -> Iterator[Key]:
         rng = np.random.default_rng((self.seed, self.epoch))
-        order = rng.permutation(self.length).tolist()
-        return zip(order, rng.integers(2**32, size=self.length).tolist(), strict=True)
+        order = rng.permutation(self.length)
+        seeds = rng.integers(2**32, size=self.length)
+        mine = np.arange(self.rank, self.total_size, self.num_replicas) % self.length
+        return zip(order[mine].tolist(), seeds[mine].tolist(), strict=True)
 
 
 class Transformed(Dataset[tuple[Any, ...]]):
@@ -256,11 +258,8 @@ class BaseDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled and augmented (images, targets)."""
-        length = len(self.dataset("train"))  # type: ignore[arg-type]
-        # Lightning shares the order out among the devices, filled up to the same number for each.
-        per_device = math.ceil(length / (self.trainer.world_size if self.trainer else 1))
-        drop_last = per_device > self.batch_size and per_device % self.batch_size == 1
-        sampler = EpochSampler(length, self.seed)
+        sampler = EpochSampler(len(self.dataset("train")), self.seed, **self.replica)  # type: ignore[arg-type]
+        drop_last = len(sampler) > self.batch_size and len(sampler) % self.batch_size == 1
         data, workers = self.dataset("train"), self.train_workers
         return self._loader(data, self.batch_size, workers, sampler=sampler, drop_last=drop_last, done=self._done)
 
@@ -273,6 +272,12 @@ class BaseDataModule(pl.LightningDataModule):
     def train_workers(self) -> int:
         """Processes that load training images."""
         return self.num_workers
+
+    @property
+    def replica(self) -> dict[str, int]:
+        """How many devices share the images, and which of them this is: arguments of a `DistributedSampler`."""
+        dealt: dict[str, int] | None = self.trainer.distributed_sampler_kwargs if self.trainer else None
+        return dealt or {"num_replicas": 1, "rank": 0}
 
     def val_dataloader(self) -> DataLoader[Any]:
         """(images, targets) in their stored order."""
@@ -305,6 +310,8 @@ class BaseDataModule(pl.LightningDataModule):
         if self.on_bad_image == "skip" and not hasattr(dataset, "__getitems__"):
             dataset, collate, own["left_out"] = skipping(dataset, collate, replace="sampler" in own, ceiling=ceiling)
             self._left_out.append(own["left_out"])
+        if "sampler" not in own and self.replica["num_replicas"] > 1:
+            own["sampler"] = self._unrepeated(dataset)
         return Loader(
             dataset,
             batch_size=batch_size,
@@ -317,3 +324,10 @@ class BaseDataModule(pl.LightningDataModule):
             generator=torch.Generator(),
             **own,
         )
+
+    def _unrepeated(self, dataset: Dataset[Any]) -> UnrepeatedDistributedSampler:
+        """Deals each image once, and none twice as Lightning's own choice does: metrics are those of the data set."""
+        devices, images = self.replica["num_replicas"], len(dataset)  # type: ignore[arg-type]
+        if images < devices:
+            raise DataError(f"{images} images cannot be shared among {devices} devices: use at most {images} of them")
+        return UnrepeatedDistributedSampler(dataset, **self.replica, shuffle=False)

@@ -6,7 +6,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from PIL import Image
 from torchvision.datasets.utils import check_integrity, download_url, extract_archive
@@ -160,15 +160,17 @@ def _undecodable(path: str | Path, error: Exception) -> DataError:
     return DataError(f"{path} cannot be decoded: {error}. Copy or fetch it again, or take it out")
 
 
-def read_image(path: str | Path, mode: str | None = "RGB") -> Image.Image:
+def read_image(path: str | Path, mode: str | None = "RGB", content: BinaryIO | None = None) -> Image.Image:
     """A picture in PIL's colour mode `mode`, whatever mode it was stored in; None leaves it as it is.
+
+    `content` is read in the place of the file, which then only has to be named.
 
     Raises:
         FileNotFoundError: If there is no such file.
         DataError: If it cannot be decoded, for one because it is truncated, or has more pixels than PIL's limit.
     """
     try:
-        with Image.open(path, formats=_FORMATS) as image:
+        with Image.open(content or path, formats=_FORMATS) as image:
             if mode is None:
                 image.load()
                 return image

@@ -23,6 +23,7 @@ from torchvision.models import ResNet18_Weights
 from slimconv_lit.data import samples
 from slimconv_lit.data.base import BaseDataModule, OnBadImage, Split, Transformed, hold_out
 from slimconv_lit.data.files import check_archive, read_image
+from slimconv_lit.data.shards import ShardedImages, is_sharded, read_manifest
 from slimconv_lit.data.transforms import IMAGENET_STATS, imagenet_eval, imagenet_train
 
 
@@ -30,16 +31,17 @@ class ImageNetDataModule(BaseDataModule):
     """Images in `root`/train/CLASS/*.JPEG and `root`/val/CLASS/*.JPEG, of 1,000 or any number of classes.
 
     `root` may instead hold the official archives ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and
-    ILSVRC2012_devkit_t12.tar.gz, which are unpacked there once. `validation` is accepted for `val`. Where there is no
-    `test` folder with class folders, the validation images also test, as is usual for ImageNet; to choose a checkpoint
-    on other images than it is reported on, hold some out of train with `val_fraction`.
+    ILSVRC2012_devkit_t12.tar.gz, which are unpacked there once, or the shards that `prepare` writes; these stand
+    for the folder that they are of. `validation` is accepted for `val`. Where there is no `test` folder with class
+    folders, the validation images also test, as is usual for ImageNet; to choose a checkpoint on other images than it
+    is reported on, hold some out of train with `val_fraction`.
 
     Training takes a random part of the image at `image_size`; testing resizes the shorter side to `eval_size / 0.875`
     pixels (bilinear, antialiased) and crops `eval_size` from the centre: 256 and 224, or 293 and 256 for the paper's
     "@256", of which the paper says no more than the network's input size.
 
     Args:
-        root: Folder that holds train and val, or the archives.
+        root: Folder that holds train and val, or the archives, or shards.
         batch_size: Images per training step on each device.
         eval_batch_size: Images per step elsewhere; None means `batch_size`.
         num_workers: Processes that load images; None means one per CPU core, at most 16.
@@ -102,6 +104,8 @@ class ImageNetDataModule(BaseDataModule):
         train = self._folder(self.root, "train")
         if self.sample:
             found = samples.DIGITS
+        elif is_sharded(self.root):
+            found = tuple(read_manifest(self.root)["classes"])
         elif train is not None:
             found = tuple(find_classes(train)[0])
         elif num_classes in (None, len(official)):
@@ -109,8 +113,9 @@ class ImageNetDataModule(BaseDataModule):
         else:
             return tuple(f"class {number}" for number in range(num_classes or 0))
         if num_classes not in (None, len(found)):
+            where = "the sample" if self.sample else train or self.root
             raise ValueError(
-                f"num_classes={num_classes}, but {'the sample' if self.sample else train} has {len(found)} classes; "
+                f"num_classes={num_classes}, but {where} has {len(found)} classes; "
                 f"leave num_classes out or set it to {len(found)}"
             )
         wnids = len(found) == len(official) and all(re.fullmatch(r"n\d{8}", name) for name in found)
@@ -122,7 +127,7 @@ class ImageNetDataModule(BaseDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes the class names over where no folders tell them."""
-        unknown = not self.sample and self._folder(self.root, "train") is None
+        unknown = not self.sample and self._folder(self.root, "train") is None and not is_sharded(self.root)
         if unknown and len(state_dict["class_names"]) == self.num_classes:
             self.class_names = tuple(state_dict["class_names"])
 
@@ -130,6 +135,8 @@ class ImageNetDataModule(BaseDataModule):
         """Unpacks the archives that lie in `root`, or builds the sample; either only where it is missing."""
         if self.sample:
             samples.build_once(self.root, "imagenet", samples.write_imagenet)
+            return
+        if is_sharded(self.root):
             return
         for split, parse in (("train", parse_train_archive), ("val", parse_val_archive)):
             if self._folder(self.root, split) is None and (self.root / ARCHIVE_META[split][0]).is_file():
@@ -154,7 +161,7 @@ class ImageNetDataModule(BaseDataModule):
         root = samples.build_once(self.root, "imagenet", samples.write_imagenet) if self.sample else self.root
         transform = imagenet_train(self.image_size, self.trivial_augment) if split == "train" else self.eval_transform
         held_out = self.val_fraction > 0 and split != "test"
-        if split == "test" and self._folder(root, "test") is None:
+        if split == "test" and not self._has(root, "test"):
             data = self._read(root, "val")
         else:
             data = self._read(root, "train" if held_out else split)
@@ -163,13 +170,31 @@ class ImageNetDataModule(BaseDataModule):
         kept, held = hold_out(data.targets, self.val_fraction, self.split_seed)
         return Transformed(Subset(data, kept if split == "train" else held), transform)
 
+    def folders(self) -> dict[str, ImageFolder]:
+        """Each split that has a folder, as it is read from there.
+
+        Raises:
+            FileNotFoundError: If there is none for training.
+        """
+        root = samples.build_once(self.root, "imagenet", samples.write_imagenet) if self.sample else self.root
+        splits = [split for split in ("train", "val", "test") if split == "train" or self._folder(root, split)]
+        return {split: self._read_folder(root, split) for split in splits}
+
     @staticmethod
     def _folder(root: Path, split: str) -> Path | None:
         """Where a split lies. The official test images have no class folders, so they do not count."""
         folders = (root / name for name in ((split, "validation") if split == "val" else (split,)))
         return next((f for f in folders if f.is_dir() and any(entry.is_dir() for entry in f.iterdir())), None)
 
-    def _read(self, root: Path, split: str) -> ImageFolder:
+    def _has(self, root: Path, split: str) -> bool:
+        if is_sharded(root):
+            return split in read_manifest(root)["splits"]
+        return self._folder(root, split) is not None
+
+    def _read(self, root: Path, split: str) -> ImageFolder | ShardedImages:
+        return ShardedImages(root, split) if is_sharded(root) else self._read_folder(root, split)
+
+    def _read_folder(self, root: Path, split: str) -> ImageFolder:
         folder = self._folder(root, split)
         if folder is None:
             archive = f" nor {root / ARCHIVE_META[split][0]}" if split in ARCHIVE_META else ""

@@ -9,7 +9,7 @@ Both metrics are used alike. `update(predictions, targets)` takes, for each imag
 - "objects": how many each class has to be found, difficult ones and crowds not among them;
 - "curves": for each class recall and precision at IoU 0.5, an array (2, P).
 
-Of images with one `image_id` only one counts: a distributed sampler repeats some to fill its last round.
+Of images with one `image_id` only one counts: torch's distributed sampler repeats some to fill its last round.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, distributed
 from torchmetrics import Metric
 from torchmetrics.detection import MeanAveragePrecision
 from torchmetrics.utilities import dim_zero_cat
@@ -212,6 +212,14 @@ class COCOMeanAveragePrecision(MeanAveragePrecision):
                     curves[label - 1] = np.stack([np.array(self.rec_thresholds), precision[0, :, index]])
         scalars = {name: found[name].view(()) for name in COCO_SCALARS}
         return scalars | {"map_per_class": per_class.tolist(), "objects": objects, "curves": curves}
+
+    def _sync_dist(self, dist_sync_fn: Any = None, process_group: Any = None) -> None:
+        """Puts all processes' images together; torchmetrics waits for ever where one process has an image more."""
+        mine = {name: [value.cpu() for value in getattr(self, name)] for name in self._defaults}
+        parts: list[Any] = [None] * distributed.get_world_size(process_group)
+        distributed.all_gather_object(parts, mine, process_group)
+        for name in self._defaults:
+            setattr(self, name, [value.to(self.device) for part in parts for value in part[name]])
 
     def _count_objects(self) -> list[int]:
         pairs = zip(self.groundtruth_labels, self.groundtruth_crowds, strict=True)

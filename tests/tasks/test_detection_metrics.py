@@ -378,11 +378,13 @@ def _one_of_two(rank, address, kind, queue):
     distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
     predictions, targets = random_set(np.random.default_rng(5), 7, 3)
     metric = kind(3)
-    # As a distributed sampler deals them: the first image again at the end.
-    mine = [0, 2, 4, 6] if rank == 0 else [1, 3, 5, 0]
-    metric.update([predictions[i] for i in mine], [targets[i] for i in mine])
-    # Without tensors: those are handed over as open files, which end with their process.
-    queue.put({key: value.item() if torch.is_tensor(value) else value for key, value in metric.compute().items()})
+    # As our own sampler deals them, one more to the first; and as torch's does, the first image again at the end.
+    for dealt in (([0, 2, 4, 6], [1, 3, 5]), ([0, 2, 4, 6], [1, 3, 5, 0])):
+        metric.update([predictions[i] for i in dealt[rank]], [targets[i] for i in dealt[rank]])
+        result = metric.compute()
+        # Without tensors: those are handed over as open files, which end with their process.
+        queue.put({key: value.item() if torch.is_tensor(value) else value for key, value in result.items()})
+        metric.reset()
     distributed.destroy_process_group()
 
 
@@ -395,7 +397,7 @@ def test_two_processes_say_what_one_says(kind, tmp_path):
     workers = [context.Process(target=_one_of_two, args=(rank, address, kind, queue)) for rank in (0, 1)]
     for worker in workers:
         worker.start()
-    results = [queue.get() for _ in workers]
+    results = [queue.get() for _ in workers for _ in range(2)]
     for worker in workers:
         worker.join(60)
     predictions, targets = random_set(np.random.default_rng(5), 7, 3)

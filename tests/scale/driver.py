@@ -1,0 +1,102 @@
+"""Runs `main` on one, two and four processes, as torchrun would start them, and leaves what they wrote in a folder.
+
+    python tests/scale/driver.py FOLDER
+
+A program of its own, and not a test: its processes are forked, so that all imports are paid for once, and a test
+runner has threads by then.
+"""
+
+import os
+import socket
+import sys
+from pathlib import Path
+
+import numpy as np
+import timm  # noqa: F401 - so that the processes need not import it, as what else has this mark
+import torch
+import torch.utils.tensorboard
+import yaml
+from PIL import Image
+from torch.multiprocessing import start_processes
+
+from slimconv_lit.cli import main
+from slimconv_lit.lightning_cli import run  # noqa: F401
+
+# No batch norm: that of two devices with four images each is another than that of one with eight.
+RECIPE = {
+    "model": {
+        "class_path": "ClassificationTask",
+        "init_args": {"backbone": "timm:test_efficientnet_gn", "lr": 0.03, "nesterov": True},
+    },
+    "data": {"class_path": "ImageNetDataModule", "init_args": {"image_size": 32, "eval_size": 32, "num_workers": 0}},
+    "trainer": {
+        "max_epochs": 3,
+        "accelerator": "cpu",
+        "gradient_clip_val": 1.0,
+        "log_every_n_steps": 1,
+        "enable_progress_bar": False,
+    },
+}
+
+
+def write_images(folder, classes, count, rng):
+    """`count` small noisy pictures, each class with its own colour, dealt out among `classes`."""
+    for number in range(count):
+        label = number % classes
+        pixels = rng.integers(0, 120, (40, 48, 3), dtype=np.uint8)
+        pixels[..., label] += 120
+        path = folder / f"{label}" / f"{number:02d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+
+
+def as_torchrun_does(rank, world, port, words, log):
+    """One of `world` processes."""
+    if world > 1:
+        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "GROUP_RANK": 0}
+        own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "tests"}
+        os.environ.update({key: str(value) for key, value in own.items()})
+        from pytorch_lightning.utilities import rank_zero_only
+
+        # Read from the environment when Lightning is imported, which here was before.
+        rank_zero_only.rank = rank
+    file = os.open(f"{log}.{rank}.log", os.O_CREAT | os.O_WRONLY)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    assert main(words) == 0, words
+
+
+def launch(name, world, *words):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    print(name, world, *words, flush=True)
+    args = (world, port, [*words, f"--name={name}"], f"{name}")
+    start_processes(as_torchrun_does, args, nprocs=world, start_method="fork")
+
+
+def all_runs():
+    rng = np.random.default_rng(0)
+    # Eleven images on four devices: one has fewer than the others, and with one image a batch also fewer batches.
+    for split, count in (("train", 24), ("val", 11)):
+        write_images(Path("data") / split, 3, count, rng)
+    write_images(Path("photos"), 1, 7, rng)
+    Path("tiny.yaml").write_text(yaml.safe_dump(RECIPE))
+    fit = ["fit", "--config=tiny.yaml", "--data.root=data", "--data.eval_batch_size=1"]
+    launch("one", 1, *fit, "--data.batch_size=8")
+    launch("ddp2", 2, fit[0], "--config=trainer/ddp.yaml", *fit[1:], "--data.batch_size=4")
+    # The same images from shards, with no config but the recipe.
+    assert main(["prepare", "--data.root=data", "--output=shards", "--shard_images=5"]) == 0
+    launch("ddp4", 4, *fit, "--data.root=shards", "--data.batch_size=2")
+    sharded = ["--config=trainer/fsdp.yaml", "--trainer.strategy.init_args.unit_params=10000"]
+    launch("fsdp2", 2, fit[0], *sharded, *fit[1:], "--data.batch_size=4")
+    (checkpoint,) = Path("runs/one").glob("*/checkpoints/last.ckpt")
+    predict = ["predict", f"--ckpt_path={checkpoint}", "--data=photos", "--data.eval_batch_size=1"]
+    for world in (1, 4):
+        launch(f"predict{world}", world, *predict, "--trainer.accelerator=cpu")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    os.chdir(sys.argv[1])
+    all_runs()

@@ -1,0 +1,167 @@
+"""Two and four processes train what one trains, and see each image once; driver.py runs them."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from slimconv_lit import SlimConv2d, create_backbone
+from slimconv_lit.cli import main
+from slimconv_lit.data import DigitsDataModule
+from slimconv_lit.data.base import EpochSampler
+from slimconv_lit.data.files import DataError
+
+MANY = {"ddp2": 2, "ddp4": 4, "fsdp2": 2}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The folder in which the driver has run."""
+    folder = tmp_path_factory.mktemp("scale")
+    driver = Path(__file__).with_name("driver.py")
+    done = subprocess.run(
+        [sys.executable, str(driver), str(folder)], capture_output=True, text=True, timeout=300, check=False
+    )
+    logs = "\n".join(path.read_text()[-1500:] for path in sorted(folder.glob("*.log")))
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:] + logs
+    return folder
+
+
+def run_of(runs, name):
+    (folder,) = (runs / "runs" / name).iterdir()
+    return folder
+
+
+def metrics(folder):
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    keys = ("train/loss", "train/top1", "val/top1", "val/loss", "test/top1")
+    return {key: [float(row[key]) for row in rows if row.get(key)] for key in keys}
+
+
+def weights(folder):
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_the_curves_are_those_of_one_process(runs, name):
+    one, many = run_of(runs, "one"), run_of(runs, name)
+    alone, together = metrics(one), metrics(many)
+    assert [len(values) for values in alone.values()] == [3, 3, 3, 3, 1]
+    for key in alone.keys() - {"val/loss"}:
+        assert together[key] == pytest.approx(alone[key], rel=1e-3), key
+    # It has learned something, so that to agree says something.
+    assert alone["train/loss"][2] < 0.9 * alone["train/loss"][0]
+    for key, value in weights(one).items():
+        torch.testing.assert_close(weights(many)[key], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.xfail(strict=True, reason="Lightning's log(sync_dist=True) rounds the mean number of images down")
+@pytest.mark.parametrize("name", MANY)
+def test_the_validation_loss_is_that_of_one_process(runs, name):
+    alone, together = (metrics(run_of(runs, run))["val/loss"] for run in ("one", name))
+    assert together == pytest.approx(alone, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["one", *MANY])
+def test_metrics_are_of_each_image_once(runs, name):
+    with (run_of(runs, name) / "per_class.csv").open() as file:
+        assert [int(row["images"]) for row in csv.DictReader(file)] == [4, 4, 3]
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_the_first_process_alone_writes_and_prints(runs, name):
+    assert {path.name for path in run_of(runs, name).iterdir()} == {path.name for path in run_of(runs, "one").iterdir()}
+    first, *others = [(runs / f"{name}.{rank}.log").read_text() for rank in range(MANY[name])]
+    assert f"in runs/{name}/" in first
+    assert not [log for log in others if "runs/" in log or "timm:" in log]
+    assert json.loads((run_of(runs, name) / "results.json").read_text())["macs"] > 0
+    # A recipe for any number of devices.
+    trainer = yaml.safe_load((run_of(runs, name) / "config.yaml").read_text())["trainer"]
+    assert (trainer["devices"], trainer["num_nodes"]) == ("auto", 1)
+
+
+def test_a_sharded_run_s_checkpoint_is_whole_and_tested_by_one_process(runs, in_tmp):
+    checkpoint = run_of(runs, "fsdp2") / "checkpoints" / "best.ckpt"
+    words = [f"--data.root={runs / 'data'}", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+    assert main(["test", f"--ckpt_path={checkpoint}", *words]) == 0
+    (folder,) = in_tmp.glob("runs/fsdp2/*-test")
+    own, sharded = (json.loads((f / "results.json").read_text()) for f in (folder, run_of(runs, "fsdp2")))
+    assert own == {key: value for key, value in sharded.items() if key != "seconds"}
+
+
+def test_four_processes_predict_what_one_predicts_in_the_same_order(runs):
+    tables = []
+    for world in (1, 4):
+        folder = run_of(runs, f"predict{world}")
+        assert not list(folder.glob("predictions.?.csv"))
+        with (folder / "predictions.csv").open(newline="") as file:
+            tables.append(list(csv.DictReader(file)))
+    alone, together = tables
+    assert [row["name"] for row in together] == [f"0/{number:02d}.jpg" for number in range(7)]
+    for row, other in zip(alone, together, strict=True):
+        assert (row["name"], row["class"]) == (other["name"], other["class"])
+        assert float(row["probability"]) == pytest.approx(float(other["probability"]), abs=1e-5)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_the_devices_batches_together_are_those_of_one(world):
+    def batches(size, **own):
+        sampler = EpochSampler(26, seed=3, **own)
+        sampler.set_epoch(5)
+        keys = list(sampler)
+        return [keys[start : start + size] for start in range(0, len(keys), size)]
+
+    alone = batches(8)
+    shared = [batches(8 // world, num_replicas=world, rank=rank) for rank in range(world)]
+    together = [[key for part in parts for key in part] for parts in zip(*shared, strict=True)]
+    assert [sorted(batch) for batch in together[:-1]] == [sorted(batch) for batch in alone[:-1]]
+    # 26 are not divisible by 4: the first two of the order are dealt once more.
+    extra = alone[0][: -26 % world]
+    assert sorted(together[-1]) == sorted(alone[-1] + extra)
+
+
+def test_fewer_images_than_devices_are_an_error(monkeypatch):
+    monkeypatch.setattr(DigitsDataModule, "replica", {"num_replicas": 400, "rank": 0})
+    with pytest.raises(DataError, match="360 images cannot be shared among 400 devices: use at most 360"):
+        DigitsDataModule().test_dataloader()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--trainer.strategy=ddp", "--trainer.sync_batchnorm=true"], "between GPUs only"),
+        (["--config=trainer/fsdp.yaml", "--config=quickstart.yaml", "--model.ema_decay=0.9"], "--model.ema_decay=null"),
+    ],
+    ids=["sync_batchnorm", "fsdp"],
+)
+def test_what_the_devices_cannot_do_is_told_at_once(words, said, in_tmp, capsys):
+    assert main(["fit", "--config=quickstart.yaml", "--trainer.accelerator=cpu", *words]) == 2
+    assert said in capsys.readouterr().err
+    assert not list(in_tmp.rglob("runs/*/*"))
+
+
+def _half_a_batch(rank, address, path):
+    torch.cuda.set_device(0)
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    network, images = torch.load(path, weights_only=False)
+    network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network).cuda().train()
+    torch.save(network(images.cuda()[rank::2]).cpu(), f"{path}.{rank}")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch synchronises batch norms between GPUs only")
+def test_synchronised_batch_norms_see_the_whole_batch(tmp_path):
+    # Two processes share the one GPU. SlimConv has norms of its own, one of them on maps of a single pixel.
+    network, images = create_backbone("cifar_resnet20", SlimConv2d, 10, 3).train(), torch.randn(8, 3, 32, 32)
+    torch.save((network, images), tmp_path / "it")
+    expected = network.cuda()(images.cuda()).cpu()
+    torch.multiprocessing.spawn(_half_a_batch, (f"file://{tmp_path}/meet", str(tmp_path / "it")), nprocs=2)
+    for rank in range(2):
+        torch.testing.assert_close(torch.load(tmp_path / f"it.{rank}"), expected[rank::2], rtol=1e-3, atol=1e-3)
