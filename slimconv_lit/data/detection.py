@@ -9,13 +9,12 @@ from typing import Any, ClassVar, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from pytorch_lightning.utilities import rank_zero_warn
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from slimconv_lit.data.base import BaseDataModule, Split, Transformed
-from slimconv_lit.data.files import DataError, read_image, some
+from slimconv_lit.data.files import DataError, read_pixels, some
 from slimconv_lit.data.transforms import detection_eval, detection_train
 
 Floats: TypeAlias = NDArray[np.floating[Any]]
@@ -111,7 +110,7 @@ def unknown_class(name: str, class_names: Sequence[str]) -> str:
 
 
 class DetectionImages:
-    """(PIL image, target) of each annotated image.
+    """(image, target) of each annotated image.
 
     A target is a dictionary: boxes (n, 4) float32 as `tv_tensors.BoundingBoxes`, labels (n,) int64 from 1, difficult
     and crowd (n,) bool, area (n,) float32, image_id (), name (the file's, without folders).
@@ -127,24 +126,23 @@ class DetectionImages:
     def __len__(self) -> int:
         return len(self.annotations.files)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, dict[str, Any]]:
+    def __getitem__(self, index: int) -> tuple[tv_tensors.Image, dict[str, Any]]:
         all_of = self.annotations
         path = self.folder / all_of.files[index]
-        image, size = read_image(path), tuple(all_of.sizes[index].tolist())
-        if image.size != size:
-            raise DataError(
-                f"{path} is {image.width}x{image.height} pixels, but it was annotated as {size[0]}x{size[1]}"
-            )
+        image, size = read_pixels(path), tuple(all_of.sizes[index].tolist())
+        height, width = image.shape[-2:]
+        if (width, height) != size:
+            raise DataError(f"{path} is {width}x{height} pixels, but it was annotated as {size[0]}x{size[1]}")
         rows = slice(*np.searchsorted(all_of.owners, (index, index + 1)).tolist())
         target = {name: torch.tensor(getattr(all_of, name)[rows]) for name in _OF_OBJECTS if name != "owners"}
         target["boxes"] = tv_tensors.BoundingBoxes(
-            target["boxes"], format=tv_tensors.BoundingBoxFormat.XYXY, canvas_size=(image.height, image.width)
+            target["boxes"], format=tv_tensors.BoundingBoxFormat.XYXY, canvas_size=(height, width)
         )
         return image, {**target, "image_id": torch.tensor(all_of.ids[index]), "name": path.name}
 
 
 class NamedImages:
-    """(PIL image, file name) of each annotated image."""
+    """(image, file name) of each annotated image."""
 
     def __init__(self, images: DetectionImages) -> None:
         self.images = images
@@ -152,7 +150,7 @@ class NamedImages:
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, str]:
+    def __getitem__(self, index: int) -> tuple[tv_tensors.Image, str]:
         image, target = self.images[index]
         return image, target["name"]
 

@@ -9,7 +9,6 @@ seeds in the same order, on any number of devices, and a run goes on in the midd
 """
 
 import hashlib
-import io
 import json
 import os
 import re
@@ -22,12 +21,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from torch.utils.data import Dataset
+from torchvision import tv_tensors
 from torchvision.datasets import ImageFolder
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from slimconv_lit.data.files import DataError, inspect_image, read_image, some
+from slimconv_lit.data.files import DataError, inspect_image, read_pixels, some
 
 MANIFEST = "manifest.json"
 _FORMAT = "slimconv_lit shards, version 1"
@@ -53,8 +52,8 @@ class Member(NamedTuple):
     bytes: int
 
 
-class ShardedImages(Dataset[tuple[Image.Image, int]]):
-    """(PIL image, label) of a split, in the order of the folder that it was made from.
+class ShardedImages(Dataset[tuple[tv_tensors.Image, int]]):
+    """(image, label) of a split, in the order of the folder that it was made from.
 
     Args:
         root: The folder with the manifest.
@@ -85,9 +84,9 @@ class ShardedImages(Dataset[tuple[Image.Image, int]]):
     def __len__(self) -> int:
         return len(self.targets)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+    def __getitem__(self, index: int) -> tuple[tv_tensors.Image, int]:
         path, content = self.read(index)
-        return read_image(path, content=io.BytesIO(content)), self.targets[index]
+        return read_pixels(path, content), self.targets[index]
 
     def read(self, index: int) -> tuple[Path, bytes]:
         """An image as it is stored: SHARD/CLASS/NAME, and the bytes of the file."""

@@ -1,8 +1,9 @@
 """What happens to an image before the network sees it, in torchvision.transforms.v2 only.
 
-A transform is called as `transform(image, target)` on a PIL image and returns float32 (C, H, W), normalised, and the
-target. Evaluation transforms take an image of any size; on one that has the right size their resizing does nothing.
-A target that is a `tv_tensors.Mask` (H, W), uint8, goes the way of its image and becomes int64.
+A transform is called as `transform(image, target)`, on a PIL image or a uint8 `tv_tensors.Image`, and returns float32
+(C, H, W), normalised, and the target. Evaluation transforms take an image of any size; on one that has the right size
+their resizing does nothing. A target that is a `tv_tensors.Mask` (H, W), uint8, goes the way of its image and becomes
+int64.
 """
 
 import math
@@ -24,9 +25,11 @@ IMAGENET_STATS: Stats = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def finish(stats: Stats) -> list[v2.Transform]:
-    """The end of every recipe: PIL image or tensor to a normalised float32 tensor, and a mask to int64."""
+    """The end of every recipe: PIL image or uint8 tensor to a normalised float32 tensor, and a mask to int64."""
     types = {tv_tensors.Image: torch.float32, tv_tensors.Mask: torch.int64, "others": None}
-    return [v2.ToImage(), v2.ToDtype(types, scale=True), v2.Normalize(*stats), v2.ToPureTensor()]
+    # On pixels from 0 to 255: to bring them to 1 first is one pass more.
+    mean, std = ([255 * value for value in values] for values in stats)
+    return [v2.ToImage(), v2.ToDtype(types), v2.Normalize(mean, std), v2.ToPureTensor()]
 
 
 def resize_and_crop(size: int, shorter: int, stats: Stats) -> v2.Compose:

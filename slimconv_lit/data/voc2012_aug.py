@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
@@ -20,7 +19,16 @@ from torchvision.datasets.voc import DATASET_YEAR_DICT
 
 from slimconv_lit.data import samples
 from slimconv_lit.data.base import BaseDataModule, OnBadImage, Split, Transformed
-from slimconv_lit.data.files import Archive, DataError, inspect_image, names_in, read_image, read_list, some
+from slimconv_lit.data.files import (
+    Archive,
+    DataError,
+    inspect_image,
+    names_in,
+    read_image,
+    read_list,
+    read_pixels,
+    some,
+)
 from slimconv_lit.data.sbd import SBD, find_sbd, write_sbd_masks
 from slimconv_lit.data.transforms import IMAGENET_STATS, segmentation_crop, segmentation_eval, segmentation_train
 from slimconv_lit.data.voc import OBJECT_NAMES, VOID, palette
@@ -35,7 +43,7 @@ AUG_COUNT = 10_582
 
 
 class SegmentationPairs:
-    """(PIL image, mask) of a tree in the layout of VOC2012; a mask is a `tv_tensors.Mask` (H, W), uint8.
+    """(image, mask) of a tree in the layout of VOC2012; a mask is a `tv_tensors.Mask` (H, W), uint8.
 
     Args:
         folder: With JPEGImages, and SegmentationClass or SegmentationClassAug.
@@ -54,8 +62,8 @@ class SegmentationPairs:
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, tv_tensors.Mask]:
-        image, mask = read_image(self.images[index]), np.array(read_image(self.masks[index], mode=None))
+    def __getitem__(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
+        image, mask = read_pixels(self.images[index]), np.array(read_image(self.masks[index], mode=None))
         counts = np.bincount(mask.ravel(), minlength=VOID + 1)
         if counts[self.num_classes : VOID].any():
             wrong = self.num_classes + np.flatnonzero(counts[self.num_classes : VOID])
@@ -98,7 +106,7 @@ def _problem(image: Path, mask: Path) -> str | None:
 
 
 class NamedImages:
-    """(PIL image, file name)."""
+    """(image, file name)."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = files
@@ -106,8 +114,8 @@ class NamedImages:
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, str]:
-        return read_image(self.files[index]), self.files[index].name
+    def __getitem__(self, index: int) -> tuple[tv_tensors.Image, str]:
+        return read_pixels(self.files[index]), self.files[index].name
 
 
 def _write_sample(folder: Path) -> None:

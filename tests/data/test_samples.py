@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools.coco import COCO
 from scipy.io import loadmat
-from torchvision.datasets import CIFAR10, ImageFolder, SBDataset, VOCDetection, VOCSegmentation
+from torchvision.datasets import ImageFolder, SBDataset, VOCDetection, VOCSegmentation
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from slimconv_lit.data import CIFAR100DataModule, ImageNetDataModule, samples
-from slimconv_lit.data.cifar100 import SampleCIFAR100
+from slimconv_lit.data.cifar100 import CIFARImages
 from slimconv_lit.data.voc import OBJECT_NAMES, palette
 
 
@@ -48,11 +48,12 @@ def test_training_and_test_digits_are_different_ones():
         assert seen.isdisjoint(glyph.tobytes() for glyph in test.glyphs[label])
 
 
-def test_the_cifar100_sample_is_read_by_torchvision(tmp_path):
+def test_the_cifar100_sample_is_laid_out_as_the_original(tmp_path):
     samples.write_cifar100(tmp_path, per_class=(2, 1))
-    train, test = SampleCIFAR100(tmp_path, train=True), SampleCIFAR100(tmp_path, train=False)
-    assert isinstance(train, CIFAR10)
-    assert train.classes == [f"{number:02d}" for number in range(100)]
+    folder = tmp_path / "cifar-100-python"
+    train, test = CIFARImages(folder / "train"), CIFARImages(folder / "test")
+    names = pickle.loads((folder / "meta").read_bytes())["fine_label_names"]
+    assert names == [f"{number:02d}" for number in range(100)]
     assert Counter(train.targets) == {label: 2 for label in range(100)}
     assert Counter(test.targets) == {label: 1 for label in range(100)}
     assert train.targets != sorted(train.targets)
