@@ -22,6 +22,7 @@ import statistics
 from pathlib import Path
 
 import torch
+import torch._inductor.config
 import torchvision
 
 from slimconv_lit import fuse, slimify
@@ -50,7 +51,9 @@ def treated(network, what, x):
         # Compilers fold norms too, but leave gates convolutions.
         fuse(model)
     if what == "compiled":
-        run = torch.compile(model, dynamic=False, options={"freezing": True})
+        # As an option of `torch.compile` it does nothing (2.15).
+        torch._inductor.config.freezing = True
+        run = torch.compile(model, dynamic=False)
 
     def forward():
         with torch.no_grad():

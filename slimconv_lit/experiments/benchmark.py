@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch._inductor.config
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional
@@ -378,21 +379,22 @@ class _Benchmark:
             optimizer.step()
 
         run = step if self.own.train else forward
-        run()
-        run()
+        # As an option of `torch.compile` it does nothing (2.15); it is looked at when the first call compiles.
+        with torch._inductor.config.patch(freezing=setting.backend == "compile" and not self.own.train):
+            run()
+            run()
         if optimizer:
             # The gradients of a step are part of its peak, so they must not be there before.
             optimizer.zero_grad()
         return run, _held(network, optimizer) + peak_memory(run, self.own.device)
 
     def _compiled(self, network: nn.Module) -> Callable[..., Any]:
-        options: dict[str, Any] = {} if self.own.train else {"freezing": True}
         if not self.compared.is_detector:
-            compiled: Callable[..., Any] = torch.compile(network, dynamic=False, options=options)
+            compiled: Callable[..., Any] = torch.compile(network, dynamic=False)
             return compiled
         # Around its boxes a detector changes its shapes with every image.
         backbone = network.get_submodule("backbone")
-        backbone.compile(dynamic=False, options=options)
+        backbone.compile(dynamic=False)
         return network
 
     def _batch(self, batch: int, device: torch.device, layout: torch.memory_format) -> tuple[Any, Any]:
