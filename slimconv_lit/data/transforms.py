@@ -29,7 +29,7 @@ def finish(stats: Stats) -> list[v2.Transform]:
     types = {tv_tensors.Image: torch.float32, tv_tensors.Mask: torch.int64, "others": None}
     # On pixels from 0 to 255: to bring them to 1 first is one pass more.
     mean, std = ([255 * value for value in values] for values in stats)
-    return [v2.ToImage(), v2.ToDtype(types), v2.Normalize(mean, std), v2.ToPureTensor()]
+    return [v2.ToImage(), v2.ToDtype(types), v2.Normalize(mean, std, inplace=True), v2.ToPureTensor()]
 
 
 def resize_and_crop(size: int, shorter: int, stats: Stats) -> v2.Compose:
