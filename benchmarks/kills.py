@@ -2,7 +2,7 @@
 
     python benchmarks/kills.py --output benchmarks/results/kills.json
 
-The run has processes that load images, MixUp, a moving average of the weights and a last.ckpt every 20 steps. Each time
+The run has processes that load images, dropout, MixUp, a moving average of the weights and a last.ckpt every 20 steps. Each time
 a new one is started and, at a moment drawn evenly over its time of training, it and its processes get SIGKILL; then it
 goes on with `--ckpt_path last`, to its end. Compared are all weights, averages, momenta, schedules and random states of
 last.ckpt, metrics.csv (but for the means over training epochs) and results.json (but for its seconds).
@@ -33,22 +33,23 @@ from slimconv_lit.cli import main as command_line
 
 SAVE_EVERY = 20
 RUN = [
-    "fit", "--config=quickstart.yaml", "--model.operator=SlimConv2d", "--model.ema_decay=0.99",
-    "--model.mixup_alpha=0.2", "--data.batch_size=28", "--data.num_workers=2", f"--save_every={SAVE_EVERY}",
-    "--trainer.max_epochs=3", "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu",
+    "fit", "--config=quickstart.yaml", "--model.backbone=timm:test_resnet", "--model.ema_decay=0.99",
+    '--model.backbone_options={"drop_rate": 0.2}', "--model.mixup_alpha=0.2", "--data.batch_size=28",
+    "--data.num_workers=2", f"--save_every={SAVE_EVERY}", "--trainer.max_epochs=2",
+    "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu",
 ]  # fmt: skip
 # Epoch means of what was logged while training.
 MEANS = ("train/loss", "train/top1")
-# Shared with the runs: the steps that have been started.
+# Shared with the runs: the steps that are done.
 STEPS = mmap.mmap(-1, 8)
 
 
-def started():
+def steps_done():
     return struct.unpack("q", STEPS[:])[0]
 
 
-def note_step(callback, trainer, module, batch, batch_idx):
-    STEPS[:] = struct.pack("q", trainer.global_step + 1)
+def note_step(callback, trainer, module, outputs, batch, batch_idx):
+    STEPS[:] = struct.pack("q", trainer.global_step)
 
 
 def fork(words, root):
@@ -60,7 +61,7 @@ def fork(words, root):
     output = os.open(root / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    RunFolder.on_train_batch_start = note_step
+    RunFolder.on_train_batch_end = note_step
     status = 1
     try:
         status = command_line([*RUN, *words, f"--run_root={root}"])
@@ -70,7 +71,7 @@ def fork(words, root):
 
 
 def wait_for_training(pid):
-    while not started():
+    while not steps_done():
         if os.waitpid(pid, os.WNOHANG)[0]:
             raise RuntimeError("a run ended before its first step; see output.txt")
         time.sleep(0.001)
@@ -109,13 +110,13 @@ def contents(folder):
     checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
     kept = ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers")
     rows = [
-        {key: value for key, value in row.items() if key not in MEANS}
+        {key: value for key, value in row.items() if value and key not in MEANS}
         for row in csv.DictReader((folder / "metrics.csv").open())
     ]
     results = json.loads((folder / "results.json").read_text()) if (folder / "results.json").exists() else {}
     return {
         **{key: checkpoint.get(key) for key in (*kept, "random_states", "global_step")},
-        "metrics.csv": rows,
+        "metrics.csv": [row for row in rows if row.keys() > {"epoch", "step"}],
         "results.json": {key: value for key, value in results.items() if key != "seconds"},
     }
 
@@ -134,7 +135,7 @@ def kill_once(name, root, seconds, reference):
     """One kill and one resumption; what came of it, or None if the run ended before."""
     if not killed([f"--name={name}"], root, seconds):
         return None
-    reached = started()
+    reached = steps_done()
     folder = only_folder(root, name)
     last = folder / "checkpoints" / "last.ckpt"
     kept = torch.load(last, weights_only=True)["global_step"] if last.exists() else 0
@@ -147,7 +148,7 @@ def kill_once(name, root, seconds, reference):
         whole([f"--name={name}"], root)
     found = contents(only_folder(root, name))
     differs = [key for key in reference if not same(reference[key], found[key])]
-    return {"killed in step": reached, "went on from": kept, "while saving": interrupted_save, "differs": differs}
+    return {"steps done": reached, "went on from": kept, "while saving": interrupted_save, "differs": differs}
 
 
 def main():
@@ -170,8 +171,7 @@ def main():
             if kill is not None:
                 kills.append(kill)
                 print(json.dumps(kill), flush=True)
-    # The step that was killed counts as if it was done.
-    lost = [kill["killed in step"] - kill["went on from"] for kill in kills]
+    lost = [kill["steps done"] - kill["went on from"] for kill in kills]
     report = {
         "command": "python benchmarks/kills.py",
         **machine(),
