@@ -107,7 +107,7 @@ class Archive(NamedTuple):
         shutil.rmtree(partial)
 
 
-def read_image(path: Path, mode: str | None = "RGB") -> Image.Image:
+def read_image(path: str | Path, mode: str | None = "RGB") -> Image.Image:
     """A picture in PIL's colour mode `mode`, whatever mode it was stored in; None leaves it as it is.
 
     Raises:

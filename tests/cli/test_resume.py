@@ -3,8 +3,6 @@
 import importlib.util
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -132,8 +130,8 @@ def averaged(tmp_path_factory):
 
 
 def test_the_best_epoch_before_a_break_is_still_the_best(in_tmp, at, recwarn):
-    # After the first epoch it only gets worse.
-    fit = ["fit", *DIGITS, "--model.lr=1e-9", "--name=x"]
+    # Nothing is learned, so no epoch is better than the first.
+    fit = ["fit", *DIGITS, "--model.lr=1", "--model.warmup_epochs=0", "--trainer.limit_val_batches=1.0", "--name=x"]
     at("on_train_batch_start", 7, kill)
     with pytest.raises(Killed):
         main(fit)
@@ -182,13 +180,6 @@ def finished(tmp_path_factory):
     return folder
 
 
-def test_killed_at_random_moments(tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(KILLS), "--kills=2", f"--output={tmp_path / 'kills.json'}"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_killed_at_random_moments():
+    # In forks of this process: another one would import for as long as all of them run.
+    assert kills.main(["--kills=2", "--seed=1", "--trainer.limit_train_batches=25", "--logger=csv"]) == 0
