@@ -75,7 +75,7 @@ def fork(run, root):
 def wait_for_training(pid):
     while not steps_done():
         if os.waitpid(pid, os.WNOHANG)[0]:
-            raise RuntimeError("a run ended before its first step; see output.txt")
+            raise RuntimeError("a run ended before its first step")
         time.sleep(0.001)
 
 
@@ -86,7 +86,7 @@ def whole(run, root):
     start = time.perf_counter()
     _, status = os.waitpid(pid, 0)
     if status:
-        raise RuntimeError(f"a run ended with {status}; see {root / 'output.txt'}")
+        raise RuntimeError(f"a run ended with {status}: {(root / 'output.txt').read_text()[-2000:]}")
     return time.perf_counter() - start
 
 

@@ -16,13 +16,16 @@ from PIL import Image
 from slimconv_lit.callbacks import RunFolder
 from slimconv_lit.cli import main
 
+pytestmark = pytest.mark.usefixtures("few_pictures")
+
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu", "--test_after=false"]
 DIGITS = ["fit", "--config=quickstart.yaml", *QUIET, "--data.batch_size=16", "--trainer.limit_train_batches=6"]
-DIGITS += ["--trainer.limit_val_batches=1", "--trainer.max_epochs=2", "--save_every=2"]
+DIGITS += ["--model.backbone=timm:test_resnet"]
+DIGITS += ["--trainer.limit_val_batches=1", "--trainer.max_epochs=2", "--save_every=2", "--logger=csv"]
 CLASSES, EACH = ("cat", "dog"), 24
 PHOTOS = ["fit", "--config=cls_imagenet.yaml", *QUIET, "--data.root=photos", "--data.image_size=32"]
-PHOTOS += ["--model.backbone=cifar_resnet20", "--model.operator=null", "--data.batch_size=4", "--data.num_workers=1"]
-PHOTOS += ["--trainer.max_epochs=1", "--save_every=2"]
+PHOTOS += ["--model.backbone=timm:test_resnet", "--model.operator=null", "--data.batch_size=4", "--data.num_workers=1"]
+PHOTOS += ["--trainer.max_epochs=1", "--save_every=2", "--logger=csv"]
 # A fault that is made before step 3 may be met later, for a worker has read ahead.
 AHEAD = [2, 4, 6]
 

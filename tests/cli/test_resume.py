@@ -12,6 +12,8 @@ from slimconv_lit.callbacks import RunFolder
 from slimconv_lit.cli import main
 from slimconv_lit.lightning_cli import TERMINATED
 
+pytestmark = pytest.mark.usefixtures("few_pictures")
+
 KILLS = Path(__file__).parents[2] / "benchmarks" / "kills.py"
 SHORT = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu", "--trainer.max_epochs=2"]
 SHORT += ["--trainer.limit_train_batches=6", "--trainer.limit_val_batches=2", "--test_after=false", "--logger=csv"]
