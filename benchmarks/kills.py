@@ -28,7 +28,7 @@ import torch
 
 import slimconv_lit.lightning_cli  # noqa: F401 (what the forked runs need)
 from slimconv_lit.analysis.latency import machine
-from slimconv_lit.callbacks import RunFolder
+from slimconv_lit.callbacks import RunFolder, Visualize
 from slimconv_lit.cli import main as command_line
 
 SAVE_EVERY = 20
@@ -64,6 +64,8 @@ def fork(run, root):
     os.dup2(output, 1)
     os.dup2(output, 2)
     RunFolder.on_train_batch_end = note_step
+    # One picture a validation: else most of the time is drawing, and few kills would meet anything else.
+    Visualize.__init__.__defaults__ = (1, 10)
     status = 1
     try:
         status = command_line([*run, f"--run_root={root}"])

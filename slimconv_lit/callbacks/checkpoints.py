@@ -173,9 +173,10 @@ class RandomState(Callback):
             # As plain values, for a checkpoint is read without unpickling.
             "numpy": (numpy[0], numpy[1].tolist(), *numpy[2:]),
             "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all(),
+            # Of this process's own device; those of others belong to other processes.
+            "cuda": torch.cuda.get_rng_state() if pl_module.device.type == "cuda" else None,
         }
-        states = [own] * trainer.world_size
+        states: list[dict[str, Any]] = [own] * trainer.world_size
         if trainer.world_size > 1:
             torch.distributed.all_gather_object(states, own)
         checkpoint["random_states"] = states
@@ -193,6 +194,6 @@ class RandomState(Callback):
             random.setstate(own["python"])
             np.random.set_state(own["numpy"])
             torch.set_rng_state(own["torch"])
-            if len(own["cuda"]) == torch.cuda.device_count():
-                torch.cuda.set_rng_state_all(own["cuda"])
+            if own["cuda"] is not None and pl_module.device.type == "cuda":
+                torch.cuda.set_rng_state(own["cuda"])
         self._states = []
