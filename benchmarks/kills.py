@@ -35,7 +35,7 @@ SAVE_EVERY = 20
 RUN = [
     "fit", "--config=quickstart.yaml", "--model.backbone=timm:test_resnet", "--model.ema_decay=0.99",
     '--model.backbone_options={"drop_rate": 0.2}', "--model.mixup_alpha=0.2", "--data.batch_size=28",
-    "--data.num_workers=2", f"--save_every={SAVE_EVERY}", "--trainer.max_epochs=2",
+    "--data.num_workers=2", f"--save_every={SAVE_EVERY}", "--trainer.max_epochs=2", "--trainer.limit_train_batches=30",
     "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu",
 ]  # fmt: skip
 # Epoch means of what was logged while training.

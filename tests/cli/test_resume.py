@@ -184,4 +184,4 @@ def finished(tmp_path_factory):
 
 def test_killed_at_random_moments():
     # In forks of this process: another one would import for as long as all of them run.
-    assert kills.main(["--kills=2", "--seed=1", "--trainer.limit_train_batches=25", "--logger=csv"]) == 0
+    assert kills.main(["--kills=2", "--seed=1", "--logger=csv"]) == 0
