@@ -136,7 +136,8 @@ class RunFolder(Callback):
 
     def discard_if_empty(self) -> bool:
         """Removes the folder of a run that failed before it had read its data; says whether it did."""
-        if empty := not (self.path / "config.yaml").exists():
+        empty = not (self.path / "config.yaml").exists()
+        if empty and not rank_zero_only.rank:  # type: ignore[attr-defined]
             shutil.rmtree(self.path, ignore_errors=True)
         return empty
 
