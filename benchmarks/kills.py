@@ -2,10 +2,10 @@
 
     python benchmarks/kills.py --output benchmarks/results/kills.json
 
-The run has processes that load images, MixUp, a moving average of the weights and a last.ckpt every 20 steps. Each time
-a new one is started and, at a moment drawn evenly over its time of training, it and its processes get SIGKILL; then it
-goes on with `--ckpt_path last`, to its end. Compared are all weights, averages, momenta, schedules and random states of
-last.ckpt, metrics.csv (but for the means over training epochs) and results.json (but for its seconds).
+The run has processes that load images, dropout, MixUp, a moving average of the weights and a last.ckpt every 20 steps.
+Each time a new one is started and, at a moment drawn evenly over its time of training, it and its processes get
+SIGKILL; then it goes on with `--ckpt_path last`, to its end. Compared are all weights, averages, momenta, schedules and
+random states of last.ckpt, metrics.csv (but for the means over training epochs) and results.json (but for its seconds).
 
 The parent has imported everything and forks the runs, for an import takes longer than such a run.
 """
@@ -28,68 +28,73 @@ import torch
 
 import slimconv_lit.lightning_cli  # noqa: F401 (what the forked runs need)
 from slimconv_lit.analysis.latency import machine
-from slimconv_lit.callbacks import RunFolder
+from slimconv_lit.callbacks import RunFolder, Visualize
 from slimconv_lit.cli import main as command_line
 
 SAVE_EVERY = 20
 RUN = [
-    "fit", "--config=quickstart.yaml", "--model.operator=SlimConv2d", "--model.ema_decay=0.99",
-    "--model.mixup_alpha=0.2", "--data.batch_size=28", "--data.num_workers=2", f"--save_every={SAVE_EVERY}",
-    "--trainer.max_epochs=3", "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu",
+    "fit", "--config=quickstart.yaml", "--model.backbone=timm:test_resnet", "--model.ema_decay=0.99",
+    '--model.backbone_options={"drop_rate": 0.2}', "--model.mixup_alpha=0.2", "--data.batch_size=28",
+    "--data.num_workers=2", f"--save_every={SAVE_EVERY}", "--trainer.max_epochs=2", "--trainer.limit_train_batches=30",
+    "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu",
 ]  # fmt: skip
 # Epoch means of what was logged while training.
 MEANS = ("train/loss", "train/top1")
-# Shared with the runs: the steps that have been started.
+# Shared with the runs: the steps that are done.
 STEPS = mmap.mmap(-1, 8)
 
 
-def started():
+def steps_done():
     return struct.unpack("q", STEPS[:])[0]
 
 
-def note_step(callback, trainer, module, batch, batch_idx):
-    STEPS[:] = struct.pack("q", trainer.global_step + 1)
+def note_step(callback, trainer, module, outputs, batch, batch_idx):
+    STEPS[:] = struct.pack("q", trainer.global_step)
 
 
-def fork(words, root):
+def fork(run, root):
     """A process, the first of a group of its own, that runs a command line."""
     STEPS[:] = struct.pack("q", 0)
     if pid := os.fork():
         return pid
     os.setsid()
+    # None takes this long.
+    signal.alarm(180)
     output = os.open(root / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    RunFolder.on_train_batch_start = note_step
+    RunFolder.on_train_batch_end = note_step
+    # One picture a validation: else most of the time is drawing, and few kills would meet anything else.
+    Visualize.__init__.__defaults__ = (1, 10)
     status = 1
     try:
-        status = command_line([*RUN, *words, f"--run_root={root}"])
+        status = command_line([*run, f"--run_root={root}"])
     finally:
         sys.stderr.flush()
         os._exit(status)
 
 
 def wait_for_training(pid):
-    while not started():
+    while not steps_done():
         if os.waitpid(pid, os.WNOHANG)[0]:
-            raise RuntimeError("a run ended before its first step; see output.txt")
+            raise RuntimeError("a run ended before its first step")
         time.sleep(0.001)
 
 
-def whole(words, root):
+def whole(run, root):
     """Seconds from the first step to the end."""
-    pid = fork(words, root)
+    pid = fork(run, root)
     wait_for_training(pid)
     start = time.perf_counter()
     _, status = os.waitpid(pid, 0)
     if status:
-        raise RuntimeError(f"a run ended with {status}; see {root / 'output.txt'}")
+        raise RuntimeError(f"a run ended with {status}: {(root / 'output.txt').read_text()[-2000:]}")
     return time.perf_counter() - start
 
 
-def killed(words, root, seconds):
+def killed(run, root, seconds):
     """Whether a run was killed so many seconds after its first step, and did not end before."""
-    pid = fork(words, root)
+    pid = fork(run, root)
     wait_for_training(pid)
     time.sleep(seconds)
     if os.waitpid(pid, os.WNOHANG)[0]:
@@ -109,13 +114,13 @@ def contents(folder):
     checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
     kept = ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers")
     rows = [
-        {key: value for key, value in row.items() if key not in MEANS}
+        {key: value for key, value in row.items() if value and key not in MEANS}
         for row in csv.DictReader((folder / "metrics.csv").open())
     ]
     results = json.loads((folder / "results.json").read_text()) if (folder / "results.json").exists() else {}
     return {
         **{key: checkpoint.get(key) for key in (*kept, "random_states", "global_step")},
-        "metrics.csv": rows,
+        "metrics.csv": [row for row in rows if row.keys() > {"epoch", "step"}],
         "results.json": {key: value for key, value in results.items() if key != "seconds"},
     }
 
@@ -130,52 +135,52 @@ def same(a, b):
     return a == b
 
 
-def kill_once(name, root, seconds, reference):
+def kill_once(run, name, root, seconds, reference):
     """One kill and one resumption; what came of it, or None if the run ended before."""
-    if not killed([f"--name={name}"], root, seconds):
+    if not killed([*run, f"--name={name}"], root, seconds):
         return None
-    reached = started()
+    reached = steps_done()
     folder = only_folder(root, name)
     last = folder / "checkpoints" / "last.ckpt"
     kept = torch.load(last, weights_only=True)["global_step"] if last.exists() else 0
     interrupted_save = bool(list(folder.glob("checkpoints/*.partial")))
     if kept:
-        whole([f"--name={name}", "--ckpt_path=last"], root)
+        whole([*run, f"--name={name}", "--ckpt_path=last"], root)
     else:
         # There is nothing to go on from.
         name += "-anew"
-        whole([f"--name={name}"], root)
+        whole([*run, f"--name={name}"], root)
     found = contents(only_folder(root, name))
     differs = [key for key in reference if not same(reference[key], found[key])]
-    return {"killed in step": reached, "went on from": kept, "while saving": interrupted_save, "differs": differs}
+    return {"steps done": reached, "went on from": kept, "while saving": interrupted_save, "differs": differs}
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
+    args, more = parser.parse_known_args(argv)
+    run = [*RUN, *more]
     torch.set_num_threads(1)
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        seconds = whole(["--name=reference"], root)
+        seconds = whole([*run, "--name=reference"], root)
         reference = contents(only_folder(root, "reference"))
         kills = []
         for attempt in count():
             if len(kills) == args.kills:
                 break
-            kill = kill_once(f"run-{attempt}", root, rng.uniform(0, seconds), reference)
+            kill = kill_once(run, f"run-{attempt}", root, rng.uniform(0, seconds), reference)
             if kill is not None:
                 kills.append(kill)
                 print(json.dumps(kill), flush=True)
-    # The step that was killed counts as if it was done.
-    lost = [kill["killed in step"] - kill["went on from"] for kill in kills]
+    lost = [kill["steps done"] - kill["went on from"] for kill in kills]
     report = {
         "command": "python benchmarks/kills.py",
         **machine(),
-        "run": " ".join(RUN),
+        "run": " ".join(run),
         "steps": reference["global_step"],
         "kills": len(kills),
         "bit by bit as if never killed": sum(not kill["differs"] for kill in kills),

@@ -9,7 +9,7 @@ class RunError(Exception):
 
 _NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|bad_alloc", re.IGNORECASE)
 _NO_SHARED_MEMORY = re.compile(r"shared memory|unable to (mmap|write to file </torch)|Bus error", re.IGNORECASE)
-_WORKER = re.compile(r"DataLoader worker \(pid\(?s?\)? ?[\d, ]+\)[^\n.]*")
+_WORKER = re.compile(r"DataLoader worker (\(pid[^\n]*?\) )?(is killed|exited)[^\n.]*")
 
 
 def explain_fault(error: BaseException, batch: str) -> str | None:

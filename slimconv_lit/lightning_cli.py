@@ -293,7 +293,7 @@ class SlimCLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except SIGTERMException:
-            if subcommand == "fit":
+            if self.run_folder and (self.run_folder.path / "checkpoints" / "last.ckpt").exists():
                 print("told to end; `fit --ckpt_path last` goes on")
             raise SystemExit(TERMINATED) from None
         except (RuntimeError, MemoryError) as error:

@@ -99,8 +99,7 @@ class LastCheckpoint(RunCheckpoint):
 
     Args:
         folder: Of the run.
-        every: Steps between two; None for validations only. Where a validation follows the step, it is saved behind it,
-            and at the end of an epoch without one, after the first step of the next: Lightning resumes exactly there.
+        every: Steps between two; None for validations only. Between two epochs without a validation it is one more.
     """
 
     def __init__(self, folder: Path, every: int | None = None) -> None:
@@ -113,23 +112,26 @@ class LastCheckpoint(RunCheckpoint):
         super().on_train_start(trainer, pl_module)
         self._begun = trainer.global_step
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Saves, if it is time to."""
+        """Saves what the steps before this one have reached, if it is time to.
+
+        At the end of a step it would be too early: that is not logged then, nor validated where that is due.
+        """
         since = trainer.global_step - max(self._begun, self._last_global_step_saved)
-        if self.every is None or since < self.every:
+        between_steps = batch_idx % trainer.accumulate_grad_batches != 0
+        if self.every is None or since < self.every or between_steps or batch_idx == 0:
             return
-        loop = trainer.fit_loop.epoch_loop
-        between_steps = (batch_idx + 1) % trainer.accumulate_grad_batches != 0
-        fetcher = trainer.fit_loop._data_fetcher
-        assert fetcher is not None
-        if not (between_steps or loop.batch_progress.is_last_batch or loop._should_check_val_fx(fetcher)):
-            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+        # This batch has been counted as begun. Without it, Lightning goes on as after the end of the one before.
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+        progress.total.ready, progress.current.ready = progress.total.ready - 1, progress.current.ready - 1
+        self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+        progress.increment_ready()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Saves when the process was told to end, which Lightning raises between two steps or in a validation."""
-        if not isinstance(exception, SIGTERMException) or trainer.state.fn != "fit":
+        if not isinstance(exception, SIGTERMException) or trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         if trainer.validating:
             # It is broken off. So Lightning is told that it has begun, and will run the whole of it.
@@ -171,9 +173,10 @@ class RandomState(Callback):
             # As plain values, for a checkpoint is read without unpickling.
             "numpy": (numpy[0], numpy[1].tolist(), *numpy[2:]),
             "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all(),
+            # Of this process's own device; those of others belong to other processes.
+            "cuda": torch.cuda.get_rng_state() if pl_module.device.type == "cuda" else None,
         }
-        states = [own] * trainer.world_size
+        states: list[dict[str, Any]] = [own] * trainer.world_size
         if trainer.world_size > 1:
             torch.distributed.all_gather_object(states, own)
         checkpoint["random_states"] = states
@@ -191,6 +194,6 @@ class RandomState(Callback):
             random.setstate(own["python"])
             np.random.set_state(own["numpy"])
             torch.set_rng_state(own["torch"])
-            if len(own["cuda"]) == torch.cuda.device_count():
-                torch.cuda.set_rng_state_all(own["cuda"])
+            if own["cuda"] is not None and pl_module.device.type == "cuda":
+                torch.cuda.set_rng_state(own["cuda"])
         self._states = []

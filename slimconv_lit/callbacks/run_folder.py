@@ -6,6 +6,7 @@ results.json with what the best checkpoint reached on the test set. A fit that i
 its folder; what metrics.csv has from after that checkpoint is dropped, so it is that of a run without a break.
 """
 
+import errno
 import os
 import shutil
 import sys
@@ -67,9 +68,11 @@ class Lock:
         try:
             # Not `flock`: processes that load images would inherit it, and outlive a killed parent by seconds.
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            self._file.seek(0)
-            raise BlockingIOError(f"process {self._file.read() or '?'} is writing into {folder}") from None
+        except OSError as error:
+            # Some network file systems have no locks.
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                self._file.seek(0)
+                raise BlockingIOError(f"process {self._file.read() or '?'} is writing into {folder}") from None
         self._file.truncate(0)
         self._file.write(str(os.getpid()))
         self._file.flush()
@@ -106,8 +109,14 @@ class RunFolder(Callback):
     def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
         self.path = path
         self.config = dict(config)
-        self.seconds = 0.0
         self._written = False
+        self._before = 0.0
+        self._started: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Time of the fit so far, less what it lost in breaks."""
+        return self._before + (0.0 if self._started is None else time.perf_counter() - self._started)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Makes all processes agree on the folder; the first one writes the configuration."""
@@ -127,7 +136,8 @@ class RunFolder(Callback):
 
     def discard_if_empty(self) -> bool:
         """Removes the folder of a run that failed before it had read its data; says whether it did."""
-        if empty := not (self.path / "config.yaml").exists():
+        empty = not (self.path / "config.yaml").exists()
+        if empty and not rank_zero_only.rank:  # type: ignore[attr-defined]
             shutil.rmtree(self.path, ignore_errors=True)
         return empty
 
@@ -135,7 +145,7 @@ class RunFolder(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Notes how far metrics.csv and the clock are, once what was logged is on the disk."""
-        checkpoint["run_folder"] = {"seconds": self.seconds + time.perf_counter()}
+        checkpoint["run_folder"] = {"seconds": self.seconds}
         for logger in trainer.loggers:
             if isinstance(logger, MetricsFile) and trainer.is_global_zero:
                 logger.save()
@@ -148,7 +158,7 @@ class RunFolder(Callback):
         noted = checkpoint.get("run_folder")
         if trainer.state.fn != "fit" or not noted:
             return
-        self.seconds = noted["seconds"]
+        self._before = noted["seconds"]
         goes_on = Path(str(trainer.ckpt_path)).resolve().parent.parent == self.path.resolve()
         for logger in trainer.loggers:
             if goes_on and isinstance(logger, MetricsFile) and trainer.is_global_zero:
@@ -156,11 +166,11 @@ class RunFolder(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts the clock."""
-        self.seconds -= time.perf_counter()
+        self._started = time.perf_counter()
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stops the clock."""
-        self.seconds += time.perf_counter()
+        self._before, self._started = self.seconds, None
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Lists the pictures that could not be read, if some were passed over."""

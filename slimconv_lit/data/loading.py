@@ -135,13 +135,17 @@ class Loader(DataLoader[Any]):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         collate = self.collate_fn
-        for batch in super().__iter__():
-            if isinstance(collate, _Collate) and self.left_out is not None:
-                batch, messages = batch
-                self.left_out.add(messages)
-                if batch is None:
-                    continue
-            yield batch
+        try:
+            for batch in super().__iter__():
+                if isinstance(collate, _Collate) and self.left_out is not None:
+                    batch, messages = batch
+                    self.left_out.add(messages)
+                    if batch is None:
+                        continue
+                yield batch
+        except (ConnectionError, EOFError) as error:
+            # What torch says where it has not noticed yet that the other end of the pipe is dead.
+            raise RuntimeError("DataLoader worker exited unexpectedly") from error
 
     def alone(self, index: int) -> Any:
         """The batch of one item; None if it cannot be read."""

@@ -81,6 +81,8 @@ class MovingAverage(EMAWeightAveraging):
     Its parent would put the weights that were trained on, or the last average, in the place of the checkpoint's.
     """
 
+    _in_place = False
+
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
@@ -92,11 +94,19 @@ class MovingAverage(EMAWeightAveraging):
         """Puts the average in place for the validations of a fit."""
         if trainer.state.fn == "fit":
             super().on_validation_epoch_start(trainer, pl_module)
+            self._in_place = True
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Puts the weights that are trained back."""
         if trainer.state.fn == "fit":
             super().on_validation_epoch_end(trainer, pl_module)
+            self._in_place = False
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Puts them back where a validation is broken off, for what may be saved then."""
+        if self._in_place:
+            self._swap_models(pl_module)
+            self._in_place = False
 
 
 class BaseTask(pl.LightningModule):

@@ -16,13 +16,18 @@ from PIL import Image
 from slimconv_lit.callbacks import RunFolder
 from slimconv_lit.cli import main
 
+pytestmark = pytest.mark.usefixtures("few_pictures")
+
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu", "--test_after=false"]
 DIGITS = ["fit", "--config=quickstart.yaml", *QUIET, "--data.batch_size=16", "--trainer.limit_train_batches=6"]
-DIGITS += ["--trainer.limit_val_batches=1", "--trainer.max_epochs=2", "--save_every=2"]
+DIGITS += ["--model.backbone=timm:test_resnet"]
+DIGITS += ["--trainer.limit_val_batches=1", "--trainer.max_epochs=2", "--save_every=2", "--logger=csv"]
 CLASSES, EACH = ("cat", "dog"), 24
 PHOTOS = ["fit", "--config=cls_imagenet.yaml", *QUIET, "--data.root=photos", "--data.image_size=32"]
-PHOTOS += ["--model.backbone=cifar_resnet20", "--model.operator=null", "--data.batch_size=4", "--data.num_workers=1"]
-PHOTOS += ["--trainer.max_epochs=1", "--save_every=2"]
+PHOTOS += ["--model.backbone=timm:test_resnet", "--model.operator=null", "--data.batch_size=4", "--data.num_workers=1"]
+PHOTOS += ["--trainer.max_epochs=1", "--save_every=2", "--logger=csv"]
+# A fault that is made before step 3 may be met later, for a worker has read ahead.
+AHEAD = [2, 4, 6]
 
 
 @pytest.fixture(autouse=True)
@@ -72,10 +77,10 @@ def run_folder(name="quickstart"):
     return folder
 
 
-def assert_goes_on(words, step):
-    """The last checkpoint is of that step, and the run ends when it is resumed."""
+def assert_goes_on(words, steps):
+    """The last checkpoint is of one of these steps, and the run ends when it is resumed."""
     folder = run_folder(Path(next(w for w in words if w.startswith("--config=")).partition("=")[2]).stem)
-    assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == step
+    assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] in steps
     assert not list(folder.rglob("*.partial"))
     assert main([*words, "--ckpt_path=last"]) == 0
     assert main(["test", "--ckpt_path=last", *[w for w in words if w.startswith(("--data", "--trainer.acc"))]]) == 0
@@ -102,7 +107,7 @@ def test_a_full_disk(in_tmp, at_step, capsys):
         assert line.endswith("checkpoints/last.ckpt, which is whole")
         filler.unlink()
         at_step(-1, fill)
-        assert_goes_on(DIGITS, 6)
+        assert_goes_on(DIGITS, [6])
     finally:
         subprocess.run(["umount", disk], check=True)
 
@@ -114,7 +119,7 @@ def test_a_data_folder_that_vanishes(photos, at_step, capsys):
     assert f"No such file or directory: '{Path('photos', 'train')}" in error_of(capsys)
     gone.rename(photos / "train")
     at_step(-1, None)
-    assert_goes_on(PHOTOS, 2)
+    assert_goes_on(PHOTOS, AHEAD)
 
 
 def test_a_process_that_loads_images_is_killed(photos, at_step, capsys):
@@ -127,7 +132,7 @@ def test_a_process_that_loads_images_is_killed(photos, at_step, capsys):
     assert "is killed by signal: Killed" in line or "exited unexpectedly" in line
     assert "lower --data.num_workers or --data.batch_size" in line
     at_step(-1, None)
-    assert_goes_on(PHOTOS, 2)
+    assert_goes_on(PHOTOS, AHEAD)
 
 
 def test_a_broken_picture_is_named(photos, capsys):
@@ -185,7 +190,7 @@ def test_a_loss_that_is_not_finite(in_tmp, at_step, capsys):
     told = json.loads((run_folder() / "bad_batches.jsonl").read_text())
     assert (told["epoch"], told["batch"], len(told["samples"])) == (1, 1, 16)
     at_step(-1, poison)
-    assert_goes_on(DIGITS, 6)
+    assert_goes_on(DIGITS, [6])
 
 
 def test_the_files_of_a_batch_whose_loss_is_not_finite(photos, at_step, capsys):
@@ -229,7 +234,7 @@ def test_memory_that_is_not_there(in_tmp, at_step, capsys):
     assert "out of memory with 16 images of 1 x 16 x 16 at a time (--data.batch_size)" in line
     assert "Lower the batch size" in line
     at_step(-1, None)
-    assert_goes_on(DIGITS, 2)
+    assert_goes_on(DIGITS, [2])
 
 
 def test_memory_that_is_not_there_for_the_data(in_tmp, capsys):
