@@ -32,6 +32,9 @@ DISTRIBUTIONS = (
 )
 OURS = ("-m", "slimconv_lit", "fit")
 _MOST_POINTS = 10_000
+_NUMBERS = {"min", "max", "mu", "sigma", "q"}
+# What any of the distributions can still be drawn from.
+_LARGEST = 2**53
 
 
 @dataclass(frozen=True)
@@ -170,10 +173,13 @@ def _check_parameter(where: str, rule: Any) -> None:
     if None in values:
         # The agent would emit it as "None", which in an option that takes text is a text.
         raise ValueError(f"{where}: an empty value reaches the command line as 'None'; write \"null\", quoted")
-    spread = _kind(rule) not in ("constant", "categorical")
-    ends = {"mu", "sigma"} if "normal" in _kind(rule) else {"min", "max"}
-    if spread and not ends <= set(rule):
-        raise ValueError(f"{where}: expected `value`, `values`, or {' and '.join(sorted(ends))}")
+    for key in _NUMBERS & rule.keys():
+        if type(rule[key]) not in (int, float) or not abs(rule[key]) <= _LARGEST:
+            raise ValueError(f"{where}.{key}: expected a number, found {str(rule[key])[:80]!r}")
+    needed = {"constant": {"value"}, "categorical": {"values"}}.get(_kind(rule), {"min", "max"})
+    needed = {"mu", "sigma"} if "normal" in _kind(rule) else needed
+    if not needed <= set(rule):
+        raise ValueError(f"{where}: expected `value`, `values`, or {' and '.join(sorted(needed))}")
 
 
 def _options(path: Path, command: Any) -> tuple[str, ...]:
