@@ -15,7 +15,7 @@ class UsageError(Exception):
 class RaisingParser(ArgumentParser):
     """A parser that raises its mistakes, so that they can be explained with all that is known of the command line."""
 
-    def parse_args(self, args: Sequence[str] | None = None, *more: Any, **own: Any) -> Any:
+    def parse_args(self, args: Sequence[str] | None = None, *more: Any, **own: Any) -> Any:  # type: ignore[override]
         """Parses `args`, in which `--allow-import NAME` may stand anywhere.
 
         Raises:
