@@ -285,8 +285,8 @@ def work(name: str, seed: int, seconds: float, kept: Path, report: Path) -> None
         reader.prepare()
         _limit_memory()
         waiting = list(pool)
-        started = time.monotonic()
-        while time.monotonic() < started + seconds:
+        started = time.process_time()
+        while counts["seconds"] < seconds:
             content = waiting.pop() if waiting else mutate(rng.choice(pool), pool, rng)
             kept.write_bytes(content)
             found, trouble = answer(reader, content)
@@ -301,7 +301,8 @@ def work(name: str, seed: int, seconds: float, kept: Path, report: Path) -> None
             elif found not in known and len(pool) < MOST_KEPT:
                 pool.append(content)
             known.add(found)
-            counts["seconds"] = round(time.monotonic() - started, 1)
+            # Of the processor: what else runs on the machine does not count.
+            counts["seconds"] = round(time.process_time() - started, 2)
             if counts["inputs"] % 20 == 0:
                 report.write_text(json.dumps(counts | {"answers": len(known)}))
         report.write_text(json.dumps(counts | {"answers": len(known)}))

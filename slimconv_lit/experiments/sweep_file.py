@@ -4,6 +4,7 @@ The same file goes to `wandb sweep`; see https://docs.wandb.ai/models/sweeps/swe
 """
 
 import itertools
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -118,7 +119,7 @@ def find_sweep(name: str) -> Path:
     """
     folder = CONFIGS / "sweeps"
     for path in (Path(name), CONFIGS.parent / name, folder / name, folder / f"{name}.yaml"):
-        if path.is_file():
+        if os.path.isfile(path):
             return path
     known = {path.name for place in (Path(), folder) for path in place.glob("*.yaml")}
     raise FileNotFoundError(f"sweep: there is no file {name!r}; {closest(Path(name).name, known)}")
