@@ -3,8 +3,8 @@
 Importing this module sets two switches of libraries, for the whole process:
 
 - jsonargparse imports the classes that a configuration names from the packages in `ALLOWED` alone, and looks also at
-  where a thing was defined, so that "torch.nn.os.system" does not get through. It builds classes only where an argument
-  asks for one of their kind.
+  where a thing was defined: "torch.nn.functional.importlib.import_module" does not get through. It builds classes only
+  where an argument asks for one of their kind.
 - `torch.load` unpickles nothing but tensors and plain values, in torchvision and timm too.
 
 It cannot be left to the readers of files, for jsonargparse reads texts inside texts and files that files name.
