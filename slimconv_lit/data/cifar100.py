@@ -39,7 +39,7 @@ SUMS = {name: md5 for name, md5 in (*CIFAR100.train_list, *CIFAR100.test_list)}
 """Of the official files."""
 
 
-class CIFARImages(Dataset[tuple[Any, ...]]):
+class CIFARImages(Dataset[tuple[Image.Image, int]]):
     """(PIL image, fine label) of each entry of one file of CIFAR-100's Python version.
 
     Args:
