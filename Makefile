@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALL = $(BIN)/python -m uv pip install --quiet --python $(BIN)/python $(1) || $(BIN)/python -m pip install --quiet $(1)
 
 # Hashes of every file of every release, for each platform; --python-version is the oldest that pyproject.toml allows.
-LOCK = $(BIN)/python -m uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
+LOCK = $(BIN)/python -m uv pip compile --quiet --upgrade --universal --python-version 3.11.4 --generate-hashes \
   --custom-compile-command "make lock"
 
 .PHONY: help demo test lint types tests lock notebooks clean
@@ -18,8 +18,8 @@ help:
 	@echo "make clean   remove .venv and everything that runs wrote"
 
 .venv/bin/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "slimconv_lit needs Python 3.11 or newer; '$(PYTHON)' is older. Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11, 4))' || \
+	  { echo "slimconv_lit needs Python 3.11.4 or newer; '$(PYTHON)' is older. Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@echo "making .venv"
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet uv || echo "uv is not to be had; going on with pip"

@@ -1,5 +1,6 @@
 """Reads checkpoints, and says of one that is damaged which other one is whole."""
 
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is truncated or damaged, or no checkpoint; {hint}")
     try:
         checkpoint = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-    except OSError:
+    except (FileNotFoundError, PermissionError):
         raise
     except Exception as error:  # in a strange file, torch raises whatever it happens to run into
-        reason = " ".join(str(error).split("Please file")[0].split())
-        raise ValueError(f"{path} is not a checkpoint of tensors and plain values: {reason[:200]}") from error
+        reason = " ".join(str(error).split())[:200]
+        if asked := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            reason = f"it asks for {asked[1]}, and could run code if it got it"
+        raise ValueError(f"{path} is not a checkpoint of tensors and plain values: {reason}") from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} is not a checkpoint: it holds a {type(checkpoint).__name__}")
     return checkpoint

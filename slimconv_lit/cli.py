@@ -30,6 +30,8 @@ USAGE = "\n".join(
         "",
         *(f"  {verb:<9} {what}" for verb, what in (LIGHTNING_VERBS | TOOL_VERBS).items()),
         "",
+        "  --allow-import NAME   of any verb: let files and options name classes of this package too (SECURITY.md)",
+        "",
         "first steps:",
         "  python -m slimconv_lit fit --config quickstart.yaml",
         "  python -m slimconv_lit fit --config quickstart.yaml --model.operator=SlimConv2d --model.operator.k=8/3",

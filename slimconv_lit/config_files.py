@@ -7,6 +7,7 @@ Paths count from the file that names them.
 
 import argparse
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -33,7 +34,8 @@ def find_config(name: str) -> Path:
         FileNotFoundError: If neither exists; the message gives the nearest names.
     """
     for path in (Path(name), CONFIGS / name, CONFIGS / f"{name}.yaml"):
-        if path.is_file():
+        # It says no where pathlib raises an error: to a name that is too long, say.
+        if os.path.isfile(path):
             return path
     known = {path.name for folder in (Path(), CONFIGS) for path in folder.glob("*.yaml")}
     raise FileNotFoundError(f"--config: there is no {name!r}; {closest(name, known)}")
@@ -62,7 +64,7 @@ def read_yaml(path: Path, load: Callable[[str], Any]) -> dict[str, Any]:
         # A few lines of aliases of aliases stand for billions of values.
         if _count(values, _MOST_VALUES) > _MOST_VALUES:
             raise ValueError(f"it stands for more than {_MOST_VALUES:,} values")
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path}: not YAML that can be used: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected `key: value` lines, found {type(values).__name__}")
@@ -121,7 +123,7 @@ def _load_named(name: object, by: Sequence[Path]) -> Config:
     if not isinstance(name, str):
         raise ValueError(f"{by[-1]}: `base` is the name of a file, or a list of them; not {str(name)[:80]}")
     path = by[-1].parent / name
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"{by[-1]}: it names {name!r}, which is not there")
     return load_config(path, by)
 
@@ -182,7 +184,7 @@ def find_checkpoint(which: str, root: Path, name: str = "*") -> Path:
         FileNotFoundError: If there is none.
     """
     if which not in ("last", "best"):
-        if not Path(which).is_file():
+        if not os.path.isfile(which):
             raise FileNotFoundError(f"--ckpt_path: there is no file {which!r}; a file, `last` or `best` would do")
         return Path(which)
     # Names of run folders are dates, so the newest sorts last.
@@ -240,7 +242,7 @@ def compose(verb: str, argv: Sequence[str]) -> list[str]:
 def _is_folder(value: str) -> bool:
     # Not there, but written as a path: the datamodule's message about it is clearer than one about a class.
     is_path = "/" in value and not value.startswith("{") and not value.endswith((".yaml", ".yml"))
-    return Path(value).is_dir() or is_path
+    return os.path.isdir(value) or is_path
 
 
 def _starts_from_weights(config: Config, words: Sequence[str]) -> bool:

@@ -3,8 +3,8 @@
 Importing this module sets two switches of libraries, for the whole process:
 
 - jsonargparse imports the classes that a configuration names from the packages in `ALLOWED` alone, and looks also at
-  where a thing was defined, so that "torch.nn.os.system" does not get through. It builds classes only where an argument
-  asks for one of their kind.
+  where a thing was defined: "torch.nn.functional.importlib.import_module" does not get through. It builds classes only
+  where an argument asks for one of their kind.
 - `torch.load` unpickles nothing but tensors and plain values, in torchvision and timm too.
 
 It cannot be left to the readers of files, for jsonargparse reads texts inside texts and files that files name.
@@ -15,11 +15,14 @@ from collections.abc import Iterator, Sequence
 
 from jsonargparse import set_parsing_settings
 
+import slimconv_lit
+
 ALLOWED = (
-    "slimconv_lit",
+    # Not the command line and its verbs: a function, too, may be named where something is to be called.
+    *(f"slimconv_lit.{name}" for name in ("ops", "tasks", "data", "callbacks", *slimconv_lit.__all__)),
     # Of Lightning's, what a trainer is put together from; parts of these are defined in lightning_fabric.
     *(f"pytorch_lightning.{part}" for part in ("accelerators", "callbacks", "loggers", "plugins", "profilers")),
-    "pytorch_lightning.strategies",
+    *("pytorch_lightning.strategies", "pytorch_lightning.Callback"),
     *(f"lightning_fabric.{part}" for part in ("accelerators", "plugins", "strategies")),
     # All of torch would be too much: torch.hub and torch.utils.cpp_extension are there to run code.
     *("torch.nn", "torch.optim", "torch.distributed.fsdp"),
@@ -52,7 +55,7 @@ def allow_imports(words: Sequence[str]) -> list[str]:
         try:
             set_parsing_settings(import_path_allowlist=names)
         except ValueError as error:
-            raise ValueError(f"{OPTION} {' '.join(names)}: {error}") from error
+            raise ValueError(f"nothing of {', '.join(names)} can be allowed: {error}") from error
     return others
 
 
@@ -69,6 +72,6 @@ def _without_names(words: Sequence[str], names: list[str]) -> Iterator[str]:
             continue
         _, equals, name = word.partition("=")
         name = name if equals else next(remaining, "")
-        if not name:
-            raise ValueError(f"{OPTION} needs the name of a package: {OPTION} my_package")
+        if not name or name.startswith("-"):
+            raise ValueError(f"a name is missing: {OPTION} my_package")
         names.append(name)

@@ -21,14 +21,12 @@ class Evil:
 
 @pytest.fixture
 def evil(in_tmp, monkeypatch):
-    """A module `evil` that leaves the folder "ran" when it is imported, and classes of every kind."""
+    """A module `evil` that leaves the folder "ran" when it is imported."""
     monkeypatch.syspath_prepend(in_tmp)
     (in_tmp / "evil.py").write_text(
-        "import os, pytorch_lightning as pl, slimconv_lit\nos.mkdir('ran')\nclass Back(pl.Callback): pass\n"
-        "class Task(slimconv_lit.ClassificationTask): pass\nclass Op(slimconv_lit.SlimConv2d): pass\n"
+        "import os, pytorch_lightning as pl\nos.mkdir('ran')\nclass Back(pl.Callback): pass\n"
     )
-    yield in_tmp
-    monkeypatch.delitem(__import__("sys").modules, "evil", raising=False)
+    return in_tmp
 
 
 def refused(words, capsys, *said):
@@ -105,7 +103,6 @@ def test_a_config_names_classes_of_known_packages_alone(config, evil, capsys):
         "slimconv_lit.cli.os.system",
         "slimconv_lit.cli.main",
         "slimconv_lit.tasks.ClassificationTask.load_from_checkpoint",
-        "pytorch_lightning.callbacks.Callback.__subclasses__",
     ],
 )
 def test_other_code_is_not_reached_through_a_known_package(name, in_tmp, capsys):
@@ -119,13 +116,16 @@ def test_other_code_is_not_reached_through_a_known_package(name, in_tmp, capsys)
 
 
 def test_who_trusts_a_package_says_so(evil, capsys):
-    (evil / "x.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [BACK]}}))
-    (evil / "allowing.yaml").write_text("allow-import: evil")
-    refused([*FIT, "--config=allowing.yaml"], capsys, "not accepted")
-    refused([*FIT, "--allow-import"], capsys, "--allow-import needs the name")
+    # Of another name than that of the other tests: what is allowed stays so until the process ends.
+    (evil / "evil.py").rename("trusted.py")
+    (evil / "x.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": ["trusted.Back"]}}))
+    (evil / "allowing.yaml").write_text("allow-import: trusted")
+    refused(["fit", "--config=quickstart.yaml", "--config=allowing.yaml", "--print_config"], capsys, "not accepted")
+    refused([*FIT, "--allow-import"], capsys, "a name is missing: --allow-import my_package")
     refused([*FIT, "--allow-import=jsonargparse"], capsys, "jsonargparse")
-    assert main([*FIT, "--allow-import=evil"]) == 0
-    assert "evil.Back" in capsys.readouterr().out
+    refused([*FIT, "--allow-import=trust"], capsys, "--allow-import trusted")
+    assert main([*FIT, "--allow-import=trusted"]) == 0
+    assert "trusted.Back" in capsys.readouterr().out
     assert (evil / "ran").is_dir()
 
 
@@ -141,8 +141,7 @@ def test_who_trusts_a_package_says_so(evil, capsys):
     ],
     ids=str,
 )
-def test_a_checkpoint_names_classes_of_known_packages_alone(carried, evil, monkeypatch, capsys):
-    # Other tests of this process may have allowed it.
+def test_a_checkpoint_names_classes_of_known_packages_alone(carried, evil, capsys):
     (evil / "run" / "checkpoints").mkdir(parents=True)
     (evil / "run" / "config.yaml").write_text("name: x")
     paths = {"model": "slimconv_lit.tasks.ClassificationTask", "data": "slimconv_lit.data.DigitsDataModule"}
@@ -180,13 +179,13 @@ def test_what_is_typed_follows_the_same_rule(evil, capsys):
     ("text", "said"),
     [
         ("a: &a [*a]", "recursion"),
-        ("- [" * 60, "50 deep"),
+        ("- " * 60, "50 deep"),
         ("a: " + "[" * 400_000, "50 deep"),
         ("a: '" + "[" * 20_000 + "'", "10,000 characters"),
         ("a: b\n" * 300_000, "1,048,576 bytes"),
         ("base: x.yaml", "start from one another"),
         ("base: [{}]", "`base` is the name of a file"),
-        ("model: [1]", "model"),
+        ("model: [1]", "subclass of BaseTask"),
         ("name: [1]", "name"),
         (
             "a0: &a0 [x, x]\n" + "\n".join(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9)),

@@ -1,5 +1,6 @@
 """Reading weights into a network: all that fit, each accounted for, or none at all."""
 
+import os
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -172,7 +173,7 @@ def load_backbone_weights(
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, list[Plan]]]:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"weights: there is no file {str(path)!r}")
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)

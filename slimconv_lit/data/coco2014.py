@@ -4,6 +4,7 @@ T.-Y. Lin et al., "Microsoft COCO: Common Objects in Context", ECCV 2014, https:
 """
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
@@ -192,7 +193,7 @@ def load_json(path: Path) -> dict[str, Any]:
     try:
         with path.open(encoding="utf-8") as file:
             content = json.load(file, object_hook=_without_outline)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is truncated or no JSON: {error}. Copy or fetch it again") from error
     if not isinstance(content, dict):
         raise DataError(f"{path} is not in COCO's format, a dictionary of images, annotations and categories")
@@ -211,13 +212,13 @@ def rows_of(path: Path, content: dict[str, Any], what: str, row: Callable[[Any],
     Raises:
         DataError: If there are none, or `row` cannot do with one of them; the message shows it.
     """
+    if not isinstance(content.get(what), list):
+        raise DataError(f"{path} is not in COCO's format: it has no {what}")
     rows: list[Row] = []
     try:
         for entry in content[what]:
             rows.append(row(entry))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        if what not in content:
-            raise DataError(f"{path} is not in COCO's format: it has no {what}") from error
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise DataError(
             f"{path}, {what}[{len(rows)}] lacks something or is misspelt ({type(error).__name__}: {error}): "
             f"{str(content[what][len(rows)])[:300]}"
@@ -226,17 +227,25 @@ def rows_of(path: Path, content: dict[str, Any], what: str, row: Callable[[Any],
 
 
 def _category(entry: Any) -> tuple[str, int]:
-    return str(entry["name"]), int(entry["id"])
+    return str(entry["name"]), _whole(entry["id"])
 
 
 def _image(entry: Any) -> tuple[str, int, int, int]:
-    return str(entry["file_name"]), int(entry["id"]), int(entry["width"]), int(entry["height"])
+    return str(entry["file_name"]), _whole(entry["id"]), _whole(entry["width"]), _whole(entry["height"])
+
+
+def _whole(value: Any) -> int:
+    number = int(value)
+    # They share a table with coordinates.
+    if abs(number) > 2**53:
+        raise ValueError(f"{number:.3g} is too large")
+    return number
 
 
 def _annotation(entry: Any) -> tuple[float, ...]:
     x, y, width, height = map(float, entry["bbox"])
-    area, crowd = float(entry.get("area", width * height)), int(entry.get("iscrowd", 0))
-    numbers = int(entry["id"]), int(entry["image_id"]), int(entry["category_id"])
+    area, crowd = float(entry.get("area", width * height)), _whole(entry.get("iscrowd", 0))
+    numbers = _whole(entry["id"]), _whole(entry["image_id"]), _whole(entry["category_id"])
     return *numbers, crowd, area, x, y, x + width, y + height
 
 
@@ -250,7 +259,7 @@ def read_ids(path: Path) -> list[int]:
         ids = [number for _, number, _, _ in rows_of(path, load_json(path), "images", _image)]
     else:
         lines = path.read_text().split()
-        if strange := [line for line in lines if not line.isdecimal()]:
+        if strange := [line for line in lines if not re.fullmatch("[0-9]{1,15}", line)]:
             raise DataError(f"{path} must have the id of an image on each line; it has {some(strange)}")
         ids = list(map(int, lines))
     if not ids:

@@ -131,7 +131,7 @@ def _called(function: Any, arguments: Any) -> Any:
     if function == "_codecs encode" and isinstance(function, _Global):
         text, coding = arguments
         if coding != "latin1":
-            raise ValueError(f"bytes in {coding!r}")
+            raise ValueError("bytes in another coding than latin1")
         return text.encode(coding)
     if not isinstance(function, _Global) or (function == "numpy dtype" and arguments[0] != "u1"):
         raise ValueError("an array of something else than bytes")

@@ -3,20 +3,17 @@
 B. Hariharan et al., "Semantic Contours from Inverse Detectors", ICCV 2011. It labels 11,355 images of VOC.
 """
 
-import zlib
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Literal
 
-import numpy as np
 import torch
 from PIL import Image
-from scipy.io import loadmat  # type: ignore[import-untyped]
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import SBDataset
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from slimconv_lit.data.files import Archive, DataError, names_in, read_list, some, write_once
+from slimconv_lit.data.matlab import read_field
 from slimconv_lit.data.voc import palette
 
 SBD = Archive(SBDataset.url, SBDataset.filename, SBDataset.md5, marker="benchmark_RELEASE/dataset/val.txt")
@@ -24,9 +21,6 @@ COUNTS = {"train": 8_498, "val": 2_857}
 """How many images the official lists name."""
 # Where people have it: as the archive unpacks, and as torchvision's SBDataset rearranges it.
 _FOLDERS = ("benchmark_RELEASE/dataset", "sbd", "sbd/benchmark_RELEASE/dataset", ".")
-
-# Of a file's parts, in MATLAB's version 5; and what a mask of 16 million pixels needs.
-_COMPRESSED, _MOST_BYTES = 15, 2**24
 
 
 def find_sbd(root: Path) -> Path | None:
@@ -46,31 +40,12 @@ class _Conversion(Dataset[str]):
     def __getitem__(self, index: int) -> str:
         path = self.files[index]
         try:
-            _refuse_bombs(path)
-            labels = loadmat(path, variable_names=["GTcls"])["GTcls"][0]["Segmentation"][0]
-            if labels.dtype != np.uint8 or labels.ndim != 2:
-                raise ValueError(f"its mask is {labels.dtype} in {labels.ndim} dimensions, not uint8 in two")
-            mask = Image.fromarray(labels)
-        except Exception as error:  # in a broken file, scipy raises whatever it happens to run into
-            return f"{path} cannot be read: {' '.join(str(error).split())[:200]}"
+            mask = Image.fromarray(read_field(path, "GTcls", "Segmentation"))
+        except (OSError, ValueError) as error:
+            return f"{path} cannot be read: {error}"
         mask.putpalette(palette().ravel().tolist())
         mask.save(self.folder / f"{path.stem}.png")
         return ""
-
-
-def _refuse_bombs(path: Path) -> None:
-    """Looks how much the compressed parts of a file of MATLAB's version 5 hold, for scipy takes all that there is."""
-    content, left = path.read_bytes(), _MOST_BYTES
-    order: Literal["big", "little"] = "big" if content[126:128] == b"MI" else "little"
-    place = 128
-    while place + 8 <= len(content):
-        kind, length = (int.from_bytes(content[place + i : place + i + 4], order) for i in (0, 4))
-        if kind == _COMPRESSED:
-            held = zlib.decompressobj().decompress(content[place + 8 : place + 8 + length], left + 1)
-            left -= len(held)
-        if left < 0:
-            raise ValueError(f"it unpacks to more than {_MOST_BYTES:,} bytes, which no mask does")
-        place += 8 + length
 
 
 def write_sbd_masks(sbd: Path, folder: Path, known: Collection[str], official: bool, num_workers: int) -> None:

@@ -4,6 +4,7 @@ import argparse
 import bisect
 import importlib.metadata
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -85,7 +86,7 @@ def check_checkpoint(which: str) -> None:
     Raises:
         UsageError: If it is something else.
     """
-    if not Path(which).is_file():
+    if not os.path.isfile(which):
         return
     try:
         carried = checkpoint_config(Path(which))

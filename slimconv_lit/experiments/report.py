@@ -175,20 +175,24 @@ def open_task(checkpoint: Path) -> tuple[BaseTask, tuple[int, ...]]:
     Raises:
         UsageError: If classes of another package made it.
     """
-    held = read_checkpoint(checkpoint)
-    classes: list[Any] = []
-    for part, kind in (("model", BaseTask), ("data", BaseDataModule)):
-        module, _, name = held["class_paths"][part].rpartition(".")
-        # A checkpoint names the classes that made it; one of a stranger must not import what it likes.
-        if not module.startswith("slimconv_lit."):
-            raise UsageError(f"{checkpoint} was made by {module}.{name}; compare opens the package's own classes alone")
-        found = getattr(importlib.import_module(module), name, None)
-        if not (isinstance(found, type) and issubclass(found, kind)):
-            raise UsageError(f"{checkpoint} was made by {module}.{name}, which is no {kind.__name__}")
-        classes.append(found)
-    task = classes[0].load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
-    data = classes[1].load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
+    try:
+        paths = read_checkpoint(checkpoint)["class_paths"]
+        classes = [_own_class(str(paths[part]), kind) for part, kind in (("model", BaseTask), ("data", BaseDataModule))]
+        task, data = (cls.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True) for cls in classes)
+    except (ImportError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(f"{checkpoint} cannot be opened: {' '.join(str(error).split())[:300]}") from error
     return task, data.input_size
+
+
+def _own_class(name: str, kind: type) -> Any:
+    module, _, attribute = name.rpartition(".")
+    # A checkpoint names the classes that made it; one of a stranger must not import what it likes.
+    if not module.startswith("slimconv_lit."):
+        raise ValueError(f"it was made by {name}; compare opens the package's own classes alone")
+    found = getattr(importlib.import_module(module), attribute, None)
+    if not (isinstance(found, type) and issubclass(found, kind)):
+        raise ValueError(f"it was made by {name}, which is no {kind.__name__}")
+    return found
 
 
 def page(runs: Sequence[Run], timed: Mapping[str, tuple[str, str]]) -> str:

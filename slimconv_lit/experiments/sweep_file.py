@@ -4,6 +4,7 @@ The same file goes to `wandb sweep`; see https://docs.wandb.ai/models/sweeps/swe
 """
 
 import itertools
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,9 @@ DISTRIBUTIONS = (
 )
 OURS = ("-m", "slimconv_lit", "fit")
 _MOST_POINTS = 10_000
+_NUMBERS = {"min", "max", "mu", "sigma", "q"}
+# What any of the distributions can still be drawn from.
+_LARGEST = 2**53
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,7 @@ def find_sweep(name: str) -> Path:
     """
     folder = CONFIGS / "sweeps"
     for path in (Path(name), CONFIGS.parent / name, folder / name, folder / f"{name}.yaml"):
-        if path.is_file():
+        if os.path.isfile(path):
             return path
     known = {path.name for place in (Path(), folder) for path in place.glob("*.yaml")}
     raise FileNotFoundError(f"sweep: there is no file {name!r}; {closest(Path(name).name, known)}")
@@ -170,10 +174,13 @@ def _check_parameter(where: str, rule: Any) -> None:
     if None in values:
         # The agent would emit it as "None", which in an option that takes text is a text.
         raise ValueError(f"{where}: an empty value reaches the command line as 'None'; write \"null\", quoted")
-    spread = _kind(rule) not in ("constant", "categorical")
-    ends = {"mu", "sigma"} if "normal" in _kind(rule) else {"min", "max"}
-    if spread and not ends <= set(rule):
-        raise ValueError(f"{where}: expected `value`, `values`, or {' and '.join(sorted(ends))}")
+    for key in _NUMBERS & rule.keys():
+        if type(rule[key]) not in (int, float) or not abs(rule[key]) <= _LARGEST:
+            raise ValueError(f"{where}.{key}: expected a number, found {str(rule[key])[:80]!r}")
+    needed = {"constant": {"value"}, "categorical": {"values"}}.get(_kind(rule), {"min", "max"})
+    needed = {"mu", "sigma"} if "normal" in _kind(rule) else needed
+    if not needed <= set(rule):
+        raise ValueError(f"{where}: expected `value`, `values`, or {' and '.join(sorted(needed))}")
 
 
 def _options(path: Path, command: Any) -> tuple[str, ...]:

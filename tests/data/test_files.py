@@ -17,13 +17,13 @@ from slimconv_lit.data.files import Archive, DataError, inspect_image, read_imag
 def member(name, content=b"", kind=tarfile.REGTYPE, link="", mode=0o644):
     info = tarfile.TarInfo(name)
     info.type, info.size, info.linkname, info.mode = kind, len(content), link, mode
-    return info, io.BytesIO(content)
+    return info, content
 
 
 def write_tar(path, *members, mode="w"):
     with tarfile.open(path, mode) as tar:
         for info, content in members:
-            tar.addfile(info, content)
+            tar.addfile(info, io.BytesIO(content))
     return path
 
 
@@ -36,8 +36,9 @@ GOOD = member("tree/first.txt", b"1"), member("tree/last.txt", b"2")
 
 
 def test_an_official_archive(tmp_path):
-    unpack(write_tar(tmp_path / "a.tar.gz", *GOOD, mode="w:gz"), tmp_path)
+    unpack(write_tar(tmp_path / "a.tar.gz", *GOOD, member("/absolute.txt", b"3"), mode="w:gz"), tmp_path)
     assert (tmp_path / "tree" / "last.txt").read_text() == "2"
+    assert (tmp_path / "absolute.txt").read_text() == "3", "the filter takes the slash off"
 
 
 @pytest.mark.parametrize(
@@ -45,14 +46,13 @@ def test_an_official_archive(tmp_path):
     [
         (member("../outside.txt", b"x"), "outside"),
         (member("tree/../../outside.txt", b"x"), "outside"),
-        (member("/tmp/outside.txt", b"x"), "absolute|outside"),
         (member("tree/link", kind=tarfile.SYMTYPE, link="/etc"), "tree/link is a link"),
         (member("tree/link", kind=tarfile.SYMTYPE, link="first.txt"), "tree/link is a link"),
         (member("tree/link", kind=tarfile.LNKTYPE, link="tree/first.txt"), "tree/link is a link"),
         (member("tree/device", kind=tarfile.CHRTYPE), "tree/device is a link or a device"),
         (member("tree/pipe", kind=tarfile.FIFOTYPE), "tree/pipe is a link or a device"),
     ],
-    ids=["up", "up and down", "absolute", "link out", "link in", "hard link", "device", "pipe"],
+    ids=["up", "up and down", "link out", "link in", "hard link", "device", "pipe"],
 )
 def test_members_that_would_lie_elsewhere(hostile, said, tmp_path):
     root = tmp_path / "root"
