@@ -58,11 +58,12 @@ def of_shards(root, rank=0, world=1, start=0):
 
 
 def of_webdataset(root, rank=0, world=1, start=0):
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
     urls = [str(path) for path in sorted((root / "shards").glob("train-*.tar"))]
-    shards = webdataset.WebDataset(
-        urls, shardshuffle=100, detshuffle=True, seed=0, nodesplitter=webdataset.split_by_node
-    )
+
+    def of_this_device(urls):
+        return islice(urls, rank, None, world)
+
+    shards = webdataset.WebDataset(urls, shardshuffle=100, detshuffle=True, seed=0, nodesplitter=of_this_device)
     # It has no way to begin in the middle: what was seen is read once more.
     for sample in islice(shards.shuffle(1000, seed=0), start, None):
         yield f"{Path(sample['__key__']).name}.JPEG", sample["jpeg"]
