@@ -10,7 +10,18 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "slimconv_lit"
 ORDER = ["ops", "surgery", "backbones", "heads", "tasks", "callbacks", "cli"]
 # Modules at the top of the package that only the command line uses.
-CLI = {"cli", "experiments", "config_files", "errors", "lightning_cli", "quiet", "tool_verbs", "usage", "__main__"}
+CLI = {
+    "cli",
+    "distributed",
+    "experiments",
+    "config_files",
+    "errors",
+    "lightning_cli",
+    "quiet",
+    "tool_verbs",
+    "usage",
+    "__main__",
+}
 
 
 def imports_of(path):
