@@ -13,6 +13,7 @@ ORDER = ["ops", "surgery", "backbones", "heads", "tasks", "callbacks", "cli"]
 CLI = {
     "cli",
     "checkpoint_files",
+    "distributed",
     "experiments",
     "config_files",
     "errors",

@@ -278,11 +278,10 @@ def test_what_only_prints(words, capsys, in_tmp):
     assert not list(in_tmp.iterdir())
 
 
-def test_distributed_processes_share_one_run_folder(in_tmp):
-    words = [*DIGITS, "--trainer.devices=2", "--trainer.strategy=ddp"]
-    done = subprocess.run(
-        [sys.executable, "-m", "slimconv_lit", "fit", *words], capture_output=True, text=True, timeout=300, check=False
-    )
+def test_processes_of_torchrun_share_one_run_folder(in_tmp):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m"]
+    command = [*torchrun, "slimconv_lit", "fit", "--config=trainer/ddp.yaml", *DIGITS]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     (folder,) = (in_tmp / "runs" / "quickstart").iterdir()
     assert (folder / "checkpoints" / "best.ckpt").is_file()

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytorch_lightning as pl
 import timm  # noqa: F401 - so that the processes need not import it, as what else has this mark
 import torch
 import torch.utils.tensorboard
@@ -20,7 +21,9 @@ from PIL import Image
 from torch.multiprocessing import start_processes
 
 from slimconv_lit.cli import main
+from slimconv_lit.data import VOC2007DataModule, VOC2012AugDataModule
 from slimconv_lit.lightning_cli import run  # noqa: F401
+from slimconv_lit.tasks import DetectionTask, SegmentationTask
 
 # No batch norm: that of two devices with four images each is another than that of one with eight.
 RECIPE = {
@@ -37,6 +40,23 @@ RECIPE = {
         "enable_progress_bar": False,
     },
 }
+
+
+SMALL = {"pyramid_width": 16, "head_width": 32, "box_score_thresh": 0.0, "rpn_post_nms_top_n_test": 8}
+UNTRAINED = {
+    "seg": (SegmentationTask("torchvision:resnet18", 21, head={"width": 16}), VOC2012AugDataModule(num_workers=0)),
+    "det": (DetectionTask("torchvision:resnet18", 20, min_size=64, head=SMALL), VOC2007DataModule(num_workers=0)),
+}
+
+
+def save(name):
+    """A checkpoint of a network as it was made, which finds something in any image."""
+    task, data = UNTRAINED[name]
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer.datamodule = data
+    trainer.strategy.connect(task)
+    task.trainer = trainer
+    trainer.save_checkpoint(f"{name}.ckpt")
 
 
 def write_images(folder, classes, count, rng):
@@ -80,7 +100,9 @@ def all_runs():
     # Eleven images on four devices: one has fewer than the others, and with one image a batch also fewer batches.
     for split, count in (("train", 24), ("val", 11)):
         write_images(Path("data") / split, 3, count, rng)
-    write_images(Path("photos"), 1, 7, rng)
+    write_images(Path("photos"), 1, 6, rng)
+    # Its mask would have the name of another's.
+    Image.new("RGB", (48, 40)).save("photos/0/00.png")
     Path("tiny.yaml").write_text(yaml.safe_dump(RECIPE))
     fit = ["fit", "--config=tiny.yaml", "--data.root=data", "--data.eval_batch_size=1"]
     launch("one", 1, *fit, "--data.batch_size=8")
@@ -91,9 +113,13 @@ def all_runs():
     sharded = ["--config=trainer/fsdp.yaml", "--trainer.strategy.init_args.unit_params=10000"]
     launch("fsdp2", 2, fit[0], *sharded, *fit[1:], "--data.batch_size=4")
     (checkpoint,) = Path("runs/one").glob("*/checkpoints/last.ckpt")
-    predict = ["predict", f"--ckpt_path={checkpoint}", "--data=photos", "--data.eval_batch_size=1"]
+    predict = ["predict", "--data=photos", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
     for world in (1, 4):
-        launch(f"predict{world}", world, *predict, "--trainer.accelerator=cpu")
+        launch(f"cls{world}", world, *predict, f"--ckpt_path={checkpoint}", "--data.eval_batch_size=1")
+    for name in UNTRAINED:
+        save(name)
+        for world in (1, 2):
+            launch(f"{name}{world}", world, *predict, f"--ckpt_path={name}.ckpt")
 
 
 if __name__ == "__main__":

@@ -98,15 +98,35 @@ def test_a_sharded_run_s_checkpoint_is_whole_and_tested_by_one_process(runs, in_
 def test_four_processes_predict_what_one_predicts_in_the_same_order(runs):
     tables = []
     for world in (1, 4):
-        folder = run_of(runs, f"predict{world}")
+        folder = run_of(runs, f"cls{world}")
         assert not list(folder.glob("predictions.?.csv"))
         with (folder / "predictions.csv").open(newline="") as file:
             tables.append(list(csv.DictReader(file)))
     alone, together = tables
-    assert [row["name"] for row in together] == [f"0/{number:02d}.jpg" for number in range(7)]
+    assert [row["name"] for row in together] == ["0/00.jpg", "0/00.png", *(f"0/{n:02d}.jpg" for n in range(1, 6))]
     for row, other in zip(alone, together, strict=True):
         assert (row["name"], row["class"]) == (other["name"], other["class"])
         assert float(row["probability"]) == pytest.approx(float(other["probability"]), abs=1e-5)
+
+
+def test_two_processes_write_each_mask_once(runs):
+    for part in ("masks", "overlays"):
+        alone, together = (
+            {path.name: path.read_bytes() for path in (run_of(runs, name) / "predictions" / part / "0").iterdir()}
+            for name in ("seg1", "seg2")
+        )
+        assert len(alone) == len(together) == 7
+        # Which of 00.jpg and 00.png has the short name is a matter of who was first.
+        assert sorted(alone.values()) == sorted(together.values())
+        assert {name: alone[name] for name in alone if name[:2] > "00"}.items() <= together.items()
+
+
+def test_two_processes_write_each_detection_once_and_in_order(runs):
+    alone, together = (json.loads((run_of(runs, f"det{n}") / "predictions.json").read_text()) for n in (1, 2))
+    assert len({row["file_name"] for row in alone}) == 7
+    for row, other in zip(alone, together, strict=True):
+        assert {k: row[k] for k in ("file_name", "image_id")} == {k: other[k] for k in ("file_name", "image_id")}
+        assert row["score"] == pytest.approx(other["score"], abs=1e-3)
 
 
 @pytest.mark.parametrize("world", [2, 4])
