@@ -51,7 +51,7 @@ PAIRS = {
     "Sc-ResNet-50, k=4/3": (classifier("torchvision:resnet50", "SlimConv2d", k="4/3"), 0),
     "Sc-ResNet-50, k=8/3": (classifier("torchvision:resnet50", "SlimConv2d", k="8/3"), 0),
     "Sc-ResNet-101, k=4/3": (classifier("torchvision:resnet101", "SlimConv2d", k="4/3"), 1),
-    "Sc-MobileNetV2, k=4/3": (classifier("torchvision:mobilenet_v2", "SlimConv2d", k="4/3", min_hidden=24), 2),
+    "Sc-MobileNetV2, k=8/3": (classifier("sc_mobilenet_v2"), 2),
     "SCConv ResNet-50": (classifier("torchvision:resnet50", "SCConv2d"), 0),
     "Ghost ResNet-50": (classifier("torchvision:resnet50", "GhostConv2d"), 0),
     "pruned ResNet-50, 50 %": (lambda: pruned("torchvision:resnet50"), 0),

@@ -66,9 +66,12 @@ class BatchMeans(Metric):
         self.add_state("images", torch.zeros(()), dist_reduce_fx="sum")
 
     def update(self, images: int, **means: Tensor) -> None:
-        """Adds a batch of so many `images`, with a mean (a scalar) for each name."""
-        self.totals += images * torch.stack([means[name].detach().to(self.totals) for name in self.names])
-        self.images += images
+        """Adds a batch of so many `images`, with a mean (a scalar) for each name, if all of them are finite."""
+        values = torch.stack([means[name].detach().to(self.totals) for name in self.names])
+        # A batch that a fit lets go by. Asked on the device, which nothing has to wait for.
+        finite = values.isfinite().all()
+        self.totals += torch.where(finite, images * values, 0.0)
+        self.images += torch.where(finite, images, 0)
 
     def compute(self) -> dict[str, Tensor]:
         """The means by name; not a number where there was no batch."""

@@ -165,9 +165,9 @@ def test_mixing_changes_training_only(mix):
 
 
 def test_an_epochs_means_are_over_images():
-    """The last batch may be smaller; and validation, which comes before the epoch's end, must not reset them."""
+    """The last batch may be smaller, one may go by, and validation, which comes before, must not reset them."""
     means = BatchMeans(["loss", "top1"])
-    for size, loss, top1 in ((4, 1.0, 0.5), (2, 4.0, 1.0)):
+    for size, loss, top1 in ((4, 1.0, 0.5), (3, float("nan"), 0.0), (2, 4.0, 1.0)):
         means.update(size, loss=torch.tensor(loss, requires_grad=True), top1=torch.tensor(top1))
     assert {name: value.item() for name, value in means.compute().items()} == {
         "loss": 2.0,
