@@ -85,7 +85,7 @@ def test_what_a_pickle_asks_for_is_not_done(name, in_tmp):
         {"data": [1, 2]},
         {"data": Call(os.mkdir, "ran")},
     ],
-    ids=str,
+    ids=["pixels", "labels", "large label", "label of another type", "no array", "a call"],
 )
 def test_files_of_another_kind_are_named(changes, in_tmp):
     folder = samples.build_once(in_tmp, "cifar100", lambda target: (target / "cifar-100-python").mkdir())
