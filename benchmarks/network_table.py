@@ -73,7 +73,10 @@ def prepared(network, what, x):
     images = list(x) if is_detector else x
     target = {"boxes": torch.tensor([[80.0, 60, 400, 350]]), "labels": torch.tensor([1])}
     if what == "compiled":
-        fuse(network.backbone if is_detector else network)
+        # The detector's norms are frozen at their first values: without training its maps grow until the last digits
+        # of a fused one differ, and the compiler folds them anyway.
+        if not is_detector:
+            fuse(network)
         part = network.backbone if is_detector else network
         part.compile(dynamic=False)
 
