@@ -101,15 +101,6 @@ def train(images, count=500):
         augment(Image.open(io.BytesIO(content)).convert("RGB"), 0)
 
 
-def photos(root, count=100):
-    """The sample's images in the size that most of ImageNet's have."""
-    for path in sorted((root / "images" / "train").rglob("*.JPEG"))[:count]:
-        file = io.BytesIO()
-        with Image.open(path) as image:
-            image.resize((500, 375)).save(file, "JPEG", quality=90)
-        yield path.name, file.getvalue()
-
-
 def names(images, count=None):
     return [name for name, _ in islice(images, count)]
 
@@ -170,8 +161,6 @@ def main():
                 cold[name].append(time.perf_counter() - started)
         first = interleaved({n: lambda way=way: names(way(root), 1) for n, way in WAYS.items()}, args.rounds)
         trained = interleaved({n: lambda way=way: train(way(root)) for n, way in WAYS.items()}, args.rounds)
-        large = list(photos(root))
-        of_photos = interleaved({"": lambda: train(large)}, args.rounds)[""]
         rows = []
         for name, way in WAYS.items():
             exact, seconds = goes_on(way, root)
@@ -194,8 +183,7 @@ def main():
         **machine(),
         "webdataset": webdataset.__version__,
         "litdata": litdata.__version__,
-        "bytes of an image": round(size),
-        "of 500 x 375 pixels augmented, images/s": str(spread([len(large) / seconds for seconds in of_photos])),
+        "bytes per image": round(size),
         "rows": rows,
     }
     if args.output:

@@ -18,6 +18,8 @@ from pytorch_lightning.trainer.states import TrainerFn
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from slimconv_lit.callbacks import Sparsity
+
 
 def launched() -> dict[str, int]:
     """`devices` and `num_nodes` of a trainer, where torchrun or srun has started a process for each device.
@@ -122,3 +124,5 @@ def check_devices(trainer: pl.Trainer, task: pl.LightningModule) -> None:
         raise ValueError("trainer.sync_batchnorm=true: torch synchronises batch norms between GPUs only")
     if isinstance(strategy, FSDP2) and task.hparams.get("ema_decay"):
         raise ValueError("FSDP2 cannot average weights: say --model.ema_decay=null or --trainer.strategy=ddp")
+    if isinstance(strategy, FSDP2) and any(isinstance(c, Sparsity) for c in trainer.callbacks):  # type: ignore[attr-defined]
+        raise ValueError("FSDP2 keeps the scales of batch norms in parts, of which Sparsity cannot draw: take ddp")

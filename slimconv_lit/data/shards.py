@@ -31,7 +31,7 @@ from slimconv_lit.data.files import DataError, inspect_image, read_pixels, some
 MANIFEST = "manifest.json"
 _FORMAT = "slimconv_lit shards, version 1"
 _ROW = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("bytes", "<u4"), ("label", "<u4")])
-_HEADER = tarfile.BLOCKSIZE
+_BLOCK = tarfile.BLOCKSIZE
 _REPAIR = "Copy it again; `prepare --verify --output {}` looks for others"
 _ELSEWHERE = "Name another --output, or empty that one"
 
@@ -78,7 +78,8 @@ class ShardedImages(Dataset[tuple[tv_tensors.Image, int]]):
         index, *shards = files
         self.classes: list[str] = manifest["classes"]
         self.shards = [root / name for name in shards]
-        self.rows: NDArray[np.void] = np.load(root / index, mmap_mode="r")
+        sizes = np.array([files[name]["bytes"] for name in shards], np.uint64)
+        self.rows = _read_index(root / index, sizes, len(self.classes))
         self.targets: list[int] = self.rows["label"].tolist()
 
     def __len__(self) -> int:
@@ -94,12 +95,26 @@ class ShardedImages(Dataset[tuple[tv_tensors.Image, int]]):
         path = self.shards[shard]
         # Opened each time, as a file of a folder is: a descriptor for each shard would be more than many systems allow.
         with path.open("rb") as file:
-            file.seek(offset - _HEADER)
-            block = file.read(_HEADER + size)
+            file.seek(offset - _BLOCK)
+            block = file.read(_BLOCK + size)
         # What the image is called stands before it, and whether it is one.
-        if len(block) < _HEADER + size or block[257:262] != b"ustar":
+        if len(block) < _BLOCK + size or block[257:262] != b"ustar":
             raise DataError(f"{path} is damaged at byte {offset:,}. {_REPAIR.format(path.parent)}")
-        return path / block[:100].rstrip(b"\0").decode(errors="replace"), block[_HEADER:]
+        return path / block[:100].rstrip(b"\0").decode(errors="replace"), block[_BLOCK:]
+
+
+def _read_index(path: Path, sizes: NDArray[np.uint64], classes: int) -> NDArray[np.void]:
+    """The rows, of which each names a place inside a shard; `sizes` are the shards' bytes."""
+    try:
+        # Every worker looks at the one copy in the system's cache.
+        rows: NDArray[np.void] = np.load(path, mmap_mode="r")
+        if rows.dtype == _ROW and (rows["shard"] < len(sizes)).all() and (rows["label"] < classes).all():
+            starts, ends = rows["offset"], sizes[rows["shard"]]
+            if (starts >= _BLOCK).all() and (starts <= ends).all() and (rows["bytes"] <= ends - starts).all():
+                return rows
+    except (ValueError, EOFError):
+        pass
+    raise DataError(f"{path} is damaged. {_REPAIR.format(path.parent)}")
 
 
 def is_sharded(root: Path) -> bool:
@@ -156,25 +171,29 @@ def write_shards(splits: Mapping[str, ImageFolder], root: Path, per_shard: int, 
         manifest = read_manifest(root)
         if {split: noted["source"] for split, noted in manifest["splits"].items()} != sources:
             raise DataError(f"{root} has shards of other images. {_ELSEWHERE}")
-        return manifest
-    classes = next(iter(splits.values())).classes
-    manifest = {"format": _FORMAT, "classes": classes, "splits": {}}
-    for split, images in members.items():
-        parts = [images[start : start + per_shard] for start in range(0, len(images), per_shard)]
-        names = [f"{split}-{number:05d}.tar" for number in range(len(parts))]
-        jobs = [partial(_write_shard, root / name, part) for name, part in zip(names, parts, strict=True)]
-        noted = _each(jobs, map(len, parts), workers, f"{split} images")
-        rows = np.array([(number, *row) for number, note in enumerate(noted) for row in note["rows"]], _ROW)
-        _replace(root / f"{split}.npy", partial(np.save, arr=rows))
-        files = {f"{split}.npy": _sum(root / f"{split}.npy")}
-        files |= {
-            name: {key: note[key] for key in ("bytes", "sha256")} for name, note in zip(names, noted, strict=True)
-        }
-        manifest["splits"][split] = {"images": len(images), "source": sources[split], "files": files}
-    _replace(root / MANIFEST, lambda file: file.write(json.dumps(manifest, indent=1).encode()))
-    for name in root.glob("*.tar.json"):
-        name.unlink()
+    else:
+        manifest = {"format": _FORMAT, "classes": next(iter(splits.values())).classes, "splits": {}}
+        for split, images in members.items():
+            manifest["splits"][split] = _write_split(split, images, sources[split], root, per_shard, workers)
+        _replace(root / MANIFEST, lambda file: file.write(json.dumps(manifest, indent=1).encode()))
+    for note in root.glob("*.tar.json"):
+        note.unlink()
     return manifest
+
+
+def _write_split(
+    split: str, images: Sequence[Member], source: str, root: Path, per_shard: int, workers: int
+) -> dict[str, Any]:
+    """Writes shards and index of a split; returns what the manifest says of it."""
+    parts = [images[start : start + per_shard] for start in range(0, len(images), per_shard)]
+    names = [f"{split}-{number:05d}.tar" for number in range(len(parts))]
+    jobs = [partial(_write_shard, root / name, part) for name, part in zip(names, parts, strict=True)]
+    noted = _each(jobs, map(len, parts), workers, f"{split} images")
+    rows = np.array([(number, *row) for number, note in enumerate(noted) for row in note["rows"]], _ROW)
+    _replace(root / f"{split}.npy", partial(np.save, arr=rows))
+    files = {f"{split}.npy": _sum(root / f"{split}.npy")}
+    files |= {name: {key: note[key] for key in ("bytes", "sha256")} for name, note in zip(names, noted, strict=True)}
+    return {"images": len(images), "source": source, "files": files}
 
 
 def verify_shards(root: Path, workers: int) -> dict[str, Any]:
@@ -243,14 +262,16 @@ def _write_shard(path: Path, members: Sequence[Member]) -> dict[str, Any]:
     rows: list[tuple[int, int, int]] = []
 
     def write(file: Any) -> None:
-        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        # Of the formats, the one in which names may have any length and each image still has a header just before it.
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
             for member in members:
                 inspect_image(member.path)
                 info = tarfile.TarInfo(member.name)
                 info.size = member.bytes
-                rows.append((tar.offset + _HEADER, member.bytes, member.label))
                 with member.path.open("rb") as image:
                     tar.addfile(info, image)
+                # Images are filled up to whole blocks.
+                rows.append((file.tell() + -member.bytes // _BLOCK * _BLOCK, member.bytes, member.label))
 
     _replace(path, write)
     note = {"source": source, "rows": rows, **_sum(path)}

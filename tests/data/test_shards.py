@@ -20,7 +20,9 @@ def write_folder(root):
     rng = np.random.default_rng(0)
     for split, count in COUNTS.items():
         for number in range(count):
-            path = root / split / ("cat", "dog")[number % 2] / f"{split}_{number}.JPEG"
+            # The last one's name is longer than a tar's header has room for.
+            name = f"{split}_{number}{'x' * 120 * (number == 8)}.JPEG"
+            path = root / split / ("cat", "dog")[number % 2] / name
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(path)
 
@@ -132,6 +134,19 @@ def test_damage_inside_a_shard_is_named_when_it_is_read(shards, where, said, cap
         make(shards).dataset("train")[0]
     assert main(["prepare", f"--output={shards}", "--verify"]) == 2
     assert str(path) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("field", ["shard", "offset", "bytes", "label", None])
+def test_an_index_that_points_elsewhere_is_named(shards, field):
+    path = shards / "train.npy"
+    if field is None:
+        path.write_bytes(bytes(path.stat().st_size))
+    else:
+        rows = np.load(path)
+        rows[field][3] = 0 if field == "offset" else 2**32 - 1
+        np.save(path, rows)
+    with pytest.raises(DataError, match=r"train\.npy is damaged"):
+        make(shards).setup("fit")
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"splits": 3}', '{"format": "x", "splits": {}}', "../x.tar"])

@@ -156,9 +156,10 @@ def test_fewer_images_than_devices_are_an_error(monkeypatch):
     ("words", "said"),
     [
         (["--trainer.strategy=ddp", "--trainer.sync_batchnorm=true"], "between GPUs only"),
-        (["--config=trainer/fsdp.yaml", "--config=quickstart.yaml", "--model.ema_decay=0.9"], "--model.ema_decay=null"),
+        (["--config=trainer/fsdp.yaml", "--model.ema_decay=0.9"], "--model.ema_decay=null"),
+        (["--config=trainer/fsdp.yaml", "--trainer.callbacks=slimconv_lit.callbacks.Sparsity"], "take ddp"),
     ],
-    ids=["sync_batchnorm", "fsdp"],
+    ids=["sync_batchnorm", "average", "sparsity"],
 )
 def test_what_the_devices_cannot_do_is_told_at_once(words, said, in_tmp, capsys):
     assert main(["fit", "--config=quickstart.yaml", "--trainer.accelerator=cpu", *words]) == 2
