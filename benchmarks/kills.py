@@ -164,35 +164,36 @@ def main(argv=None):
     run = [*RUN, *more]
     torch.set_num_threads(1)
     rng = random.Random(args.seed)
+    kills = []
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         seconds = whole([*run, "--name=reference"], root)
         reference = contents(only_folder(root, "reference"))
-        kills = []
         for attempt in count():
+            kill = kill_once(run, f"run-{attempt}", root, rng.uniform(0, seconds), reference)
+            if kill is None:
+                continue
+            kills.append(kill)
+            print(json.dumps(kill), flush=True)
+            if args.output:
+                found = summary(kills) | {"steps": reference["global_step"], "run": " ".join(run), "each": kills}
+                args.output.write_text(json.dumps(found, indent=1) + "\n")
             if len(kills) == args.kills:
                 break
-            kill = kill_once(run, f"run-{attempt}", root, rng.uniform(0, seconds), reference)
-            if kill is not None:
-                kills.append(kill)
-                print(json.dumps(kill), flush=True)
-    lost = [kill["steps done"] - kill["went on from"] for kill in kills]
-    report = {
+    print(json.dumps(summary(kills), indent=2))
+    return int(any(kill["differs"] for kill in kills) or summary(kills)["most steps lost"] > SAVE_EVERY)
+
+
+def summary(kills):
+    return {
         "command": "python benchmarks/kills.py",
         **machine(),
-        "run": " ".join(run),
-        "steps": reference["global_step"],
         "kills": len(kills),
         "bit by bit as if never killed": sum(not kill["differs"] for kill in kills),
-        "most steps lost": max(lost),
+        "most steps lost": max(kill["steps done"] - kill["went on from"] for kill in kills),
         "killed while saving": sum(kill["while saving"] for kill in kills),
         "killed before the first checkpoint": sum(not kill["went on from"] for kill in kills),
-        "each": kills,
     }
-    print(json.dumps({key: value for key, value in report.items() if key != "each"}, indent=2))
-    if args.output:
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
-    return int(any(kill["differs"] for kill in kills) or max(lost) > SAVE_EVERY)
 
 
 if __name__ == "__main__":
