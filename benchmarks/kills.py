@@ -74,28 +74,26 @@ def fork(run, root):
         os._exit(status)
 
 
-def wait_for_training(pid):
-    while not steps_done():
-        if os.waitpid(pid, os.WNOHANG)[0]:
-            raise RuntimeError("a run ended before its first step")
-        time.sleep(0.001)
-
-
 def whole(run, root):
-    """Seconds from the first step to the end."""
+    """Seconds from the first step to the end; 0 for a run that has only its test left."""
     pid = fork(run, root)
-    wait_for_training(pid)
-    start = time.perf_counter()
-    _, status = os.waitpid(pid, 0)
+    first, ended = None, 0
+    while not ended:
+        time.sleep(0.001)
+        first = first or (time.perf_counter() if steps_done() else None)
+        ended, status = os.waitpid(pid, os.WNOHANG)
     if status:
         raise RuntimeError(f"a run ended with {status}: {(root / 'output.txt').read_text()[-2000:]}")
-    return time.perf_counter() - start
+    return time.perf_counter() - first if first else 0.0
 
 
 def killed(run, root, seconds):
     """Whether a run was killed so many seconds after its first step, and did not end before."""
     pid = fork(run, root)
-    wait_for_training(pid)
+    while not steps_done():
+        if os.waitpid(pid, os.WNOHANG)[0]:
+            raise RuntimeError(f"a run ended before its first step: {(root / 'output.txt').read_text()[-2000:]}")
+        time.sleep(0.001)
     time.sleep(seconds)
     if os.waitpid(pid, os.WNOHANG)[0]:
         return False
