@@ -74,28 +74,26 @@ def fork(run, root):
         os._exit(status)
 
 
-def wait_for_training(pid):
-    while not steps_done():
-        if os.waitpid(pid, os.WNOHANG)[0]:
-            raise RuntimeError("a run ended before its first step")
-        time.sleep(0.001)
-
-
 def whole(run, root):
-    """Seconds from the first step to the end."""
+    """Seconds from the first step to the end; 0 for a run that has only its test left."""
     pid = fork(run, root)
-    wait_for_training(pid)
-    start = time.perf_counter()
-    _, status = os.waitpid(pid, 0)
+    first, ended = None, 0
+    while not ended:
+        time.sleep(0.001)
+        first = first or (time.perf_counter() if steps_done() else None)
+        ended, status = os.waitpid(pid, os.WNOHANG)
     if status:
         raise RuntimeError(f"a run ended with {status}: {(root / 'output.txt').read_text()[-2000:]}")
-    return time.perf_counter() - start
+    return time.perf_counter() - first if first else 0.0
 
 
 def killed(run, root, seconds):
     """Whether a run was killed so many seconds after its first step, and did not end before."""
     pid = fork(run, root)
-    wait_for_training(pid)
+    while not steps_done():
+        if os.waitpid(pid, os.WNOHANG)[0]:
+            raise RuntimeError(f"a run ended before its first step: {(root / 'output.txt').read_text()[-2000:]}")
+        time.sleep(0.001)
     time.sleep(seconds)
     if os.waitpid(pid, os.WNOHANG)[0]:
         return False
@@ -164,35 +162,36 @@ def main(argv=None):
     run = [*RUN, *more]
     torch.set_num_threads(1)
     rng = random.Random(args.seed)
+    kills = []
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         seconds = whole([*run, "--name=reference"], root)
         reference = contents(only_folder(root, "reference"))
-        kills = []
         for attempt in count():
+            kill = kill_once(run, f"run-{attempt}", root, rng.uniform(0, seconds), reference)
+            if kill is None:
+                continue
+            kills.append(kill)
+            print(json.dumps(kill), flush=True)
+            if args.output:
+                found = summary(kills) | {"steps": reference["global_step"], "run": " ".join(run), "each": kills}
+                args.output.write_text(json.dumps(found, indent=1) + "\n")
             if len(kills) == args.kills:
                 break
-            kill = kill_once(run, f"run-{attempt}", root, rng.uniform(0, seconds), reference)
-            if kill is not None:
-                kills.append(kill)
-                print(json.dumps(kill), flush=True)
-    lost = [kill["steps done"] - kill["went on from"] for kill in kills]
-    report = {
+    print(json.dumps(summary(kills), indent=2))
+    return int(any(kill["differs"] for kill in kills) or summary(kills)["most steps lost"] > SAVE_EVERY)
+
+
+def summary(kills):
+    return {
         "command": "python benchmarks/kills.py",
         **machine(),
-        "run": " ".join(run),
-        "steps": reference["global_step"],
         "kills": len(kills),
         "bit by bit as if never killed": sum(not kill["differs"] for kill in kills),
-        "most steps lost": max(lost),
+        "most steps lost": max(kill["steps done"] - kill["went on from"] for kill in kills),
         "killed while saving": sum(kill["while saving"] for kill in kills),
         "killed before the first checkpoint": sum(not kill["went on from"] for kill in kills),
-        "each": kills,
     }
-    print(json.dumps({key: value for key, value in report.items() if key != "each"}, indent=2))
-    if args.output:
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
-    return int(any(kill["differs"] for kill in kills) or max(lost) > SAVE_EVERY)
 
 
 if __name__ == "__main__":

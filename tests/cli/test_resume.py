@@ -3,6 +3,8 @@
 import importlib.util
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -183,5 +185,9 @@ def finished(tmp_path_factory):
 
 
 def test_killed_at_random_moments():
-    # In forks of this process: another one would import for as long as all of them run.
-    assert kills.main(["--kills=2", "--seed=1", "--logger=csv"]) == 0
+    # A process of its own: forks of this one would inherit what other tests have left of their workers.
+    command = [sys.executable, str(KILLS), "--kills=2", "--seed=1", "--logger=csv"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
