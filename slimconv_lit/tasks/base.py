@@ -175,7 +175,7 @@ class BaseTask(pl.LightningModule):
         self.hparams["weights_exclude"] = list(weights_exclude)
         self.model = self.build_model()
         self.loss = self.build_loss()
-        self.train_means = BatchMeans(self.tracked)
+        self.train_means, self.val_means = BatchMeans(self.tracked), BatchMeans(["loss"])
         self.build_metrics()
         # A checkpoint of this task holds what the first weights became; reading it must not ask for them again.
         options = self.hparams["backbone_options"] or {}
@@ -250,9 +250,19 @@ class BaseTask(pl.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Logs the epoch's means."""
-        means = {f"train/{name}": value.to(self.device) for name, value in self.train_means.compute().items()}
+        self._log_means("train", self.train_means)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the mean loss, where the task has handed it to `val_means`."""
+        if self.val_means.update_called:
+            self._log_means("val", self.val_means)
+        self.val_means.reset()
+
+    def _log_means(self, stage: str, means: BatchMeans) -> None:
         # `compute` has put the processes' parts together, so all have the same; Lightning warns unless told to ask.
-        self.log_dict(means, sync_dist=True)
+        self.log_dict(
+            {f"{stage}/{name}": value.to(self.device) for name, value in means.compute().items()}, sync_dist=True
+        )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Notes what was pruned, and the classes, which Lightning leaves out unless its command line built them.

@@ -88,9 +88,13 @@ class ClassificationTask(BaseTask):
         """Loss and accuracies of one batch."""
         images, labels = batch
         logits = self(images)
-        self.log("val/loss", self.loss(logits, labels), sync_dist=True, batch_size=len(images))
+        self.val_means.update(len(images), loss=self.loss(logits, labels))
         self.val_metrics.update(logits, labels)
-        self.log_dict(self.val_metrics, prog_bar=True, batch_size=len(images))
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs loss and accuracies."""
+        super().on_validation_epoch_end()
+        self.log_dict(self.val_metrics, prog_bar=True)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Accuracies and confusions of one batch."""
@@ -98,7 +102,10 @@ class ClassificationTask(BaseTask):
         logits = self(images)
         self.test_metrics.update(logits, labels)
         self.test_confusion.update(logits, labels)
-        self.log_dict(self.test_metrics, batch_size=len(images))
+
+    def on_test_epoch_end(self) -> None:
+        """Logs accuracies."""
+        self.log_dict(self.test_metrics)
 
     def on_test_epoch_start(self) -> None:
         """Forgets an earlier test; the matrix is not reset at the end, for callbacks read it then."""

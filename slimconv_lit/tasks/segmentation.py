@@ -151,12 +151,12 @@ class SegmentationTask(BaseTask):
         images, labels = batch
         logits = self(images)
         if dataloader_idx == 0:
-            loss = self.loss(logits, labels)
-            self.log("val/loss", loss, sync_dist=True, batch_size=len(images), add_dataloader_idx=False)
+            self.val_means.update(len(images), loss=self.loss(logits, labels))
         (self.val_counts, self.val_crop_counts)[dataloader_idx].update(logits.argmax(1), labels)
 
     def on_validation_epoch_end(self) -> None:
-        """Logs mean IoU and pixel accuracy."""
+        """Logs loss, mean IoU and pixel accuracy."""
+        super().on_validation_epoch_end()
         self._log_scores("val", self.val_counts, self.val_crop_counts)
         self.val_counts.reset()
         self.val_crop_counts.reset()
