@@ -38,8 +38,6 @@ RUN = [
     "--data.num_workers=2", f"--save_every={SAVE_EVERY}", "--trainer.max_epochs=2", "--trainer.limit_train_batches=30",
     "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu",
 ]  # fmt: skip
-# Epoch means of what was logged while training.
-MEANS = ("train/loss", "train/top1")
 # Shared with the runs: the steps that are done.
 STEPS = mmap.mmap(-1, 8)
 
@@ -112,8 +110,7 @@ def contents(folder):
     checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
     kept = ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers")
     rows = [
-        {key: value for key, value in row.items() if value and key not in MEANS}
-        for row in csv.DictReader((folder / "metrics.csv").open())
+        {key: value for key, value in row.items() if value} for row in csv.DictReader((folder / "metrics.csv").open())
     ]
     results = json.loads((folder / "results.json").read_text()) if (folder / "results.json").exists() else {}
     return {

@@ -19,7 +19,8 @@ import slimconv_lit
 
 ALLOWED = (
     # Not the command line and its verbs: a function, too, may be named where something is to be called.
-    *(f"slimconv_lit.{name}" for name in ("ops", "tasks", "data", "callbacks", *slimconv_lit.__all__)),
+    *(f"slimconv_lit.{name}" for name in ("ops", "tasks", "data", "callbacks", "distributed", *slimconv_lit.__all__)),
+    "slimconv_lit.tool_verbs.Images",
     # Of Lightning's, what a trainer is put together from; parts of these are defined in lightning_fabric.
     *(f"pytorch_lightning.{part}" for part in ("accelerators", "callbacks", "loggers", "plugins", "profilers")),
     *("pytorch_lightning.strategies", "pytorch_lightning.Callback"),

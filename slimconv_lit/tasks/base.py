@@ -249,20 +249,26 @@ class BaseTask(pl.LightningModule):
         self.train_means.reset()
 
     def on_train_epoch_end(self) -> None:
-        """Logs the epoch's means."""
-        self._log_means("train", self.train_means)
+        """Logs the epoch's means, unless a validation has."""
+        if self.train_means.update_called:
+            self._log_means("train", self.train_means)
 
     def on_validation_epoch_end(self) -> None:
-        """Logs the mean loss, where the task has handed it to `val_means`."""
+        """Logs the mean loss, where the task has handed it to `val_means`; behind an epoch, also those of training.
+
+        A fit that goes on from the checkpoint of this validation has the epoch behind it, and would not log them.
+        """
         if self.val_means.update_called:
             self._log_means("val", self.val_means)
-        self.val_means.reset()
+        trainer = self.trainer
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and trainer.is_last_batch:
+            self.on_train_epoch_end()
 
     def _log_means(self, stage: str, means: BatchMeans) -> None:
+        values = {f"{stage}/{name}": value.to(self.device) for name, value in means.compute().items()}
         # `compute` has put the processes' parts together, so all have the same; Lightning warns unless told to ask.
-        self.log_dict(
-            {f"{stage}/{name}": value.to(self.device) for name, value in means.compute().items()}, sync_dist=True
-        )
+        self.log_dict(values, sync_dist=True)
+        means.reset()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Notes what was pruned, and the classes, which Lightning leaves out unless its command line built them.
@@ -280,9 +286,12 @@ class BaseTask(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Prunes the network as that of the checkpoint was, before its weights are read; an epoch's sums go on."""
         apply_plans(self.model, checkpoint.get("pruned", {}))
-        # The first process alone, for they are those of all.
+        if not (sums := checkpoint.get("train_means")) or not sums["images"]:
+            return
+        # Nothing, so that they count as gathered in all processes; the sums are those of all, so the first has them.
+        self.train_means.update(0, **dict.fromkeys(self.tracked, torch.zeros(())))
         if self.global_rank == 0:
-            for name, state in checkpoint.get("train_means", {}).items():
+            for name, state in sums.items():
                 getattr(self.train_means, name).copy_(state)
 
     def parameter_groups(self) -> list[dict[str, Any]]:

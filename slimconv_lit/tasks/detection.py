@@ -191,6 +191,7 @@ class DetectionTask(BaseTask):
 
     def on_validation_epoch_end(self) -> None:
         """Logs val/map and, for COCO, eleven more."""
+        super().on_validation_epoch_end()
         self._log_scalars("val", self.val_metric, prog_bar=True)
 
     def test_step(self, batch: tuple[Images, Sequence[dict[str, Any]]], batch_idx: int) -> None:
