@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torchvision import tv_tensors
 from torchvision.datasets.utils import check_integrity, download_url, extract_archive
 from torchvision.transforms.v2.functional import pil_to_tensor
@@ -166,8 +166,9 @@ _FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF")
 def _undecodable(path: str | Path, error: Exception) -> DataError:
     if isinstance(error, Image.DecompressionBombError):
         return DataError(f"{path} is not decoded, for it would fill the memory: {error} Make it smaller or take it out")
-    # PIL names the file in some of its messages only.
-    return DataError(f"{path} cannot be decoded: {error}. Copy or fetch it again, or take it out")
+    # PIL names the file in some of its messages only, and in this one the memory that it was read into.
+    reason = f"it is none of {', '.join(_FORMATS)}" if isinstance(error, UnidentifiedImageError) else error
+    return DataError(f"{path} cannot be decoded: {reason}. Copy or fetch it again, or take it out")
 
 
 def read_image(path: str | Path, mode: str | None = "RGB") -> Image.Image:
