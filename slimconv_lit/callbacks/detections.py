@@ -92,7 +92,7 @@ class DetectionWriter(BasePredictionWriter):
             for i, found in enumerate(prediction):
                 # Where a picture was left out, the indices are more than the predictions; the data set's numbers hold.
                 index = (batch_indices or ())[i]
-                number = self._image_ids.get(found["name"]) or index + 1
+                number = self._image_ids.get(found["name"], index + 1)
                 for row in coco_results(found, number, found["name"], category_ids):
                     file.write(f"{index}\t{json.dumps(row)}\n")
         for found, picture in zip(prediction, pl_module.draw(batch, prediction), strict=True):

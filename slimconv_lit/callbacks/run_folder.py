@@ -6,6 +6,7 @@ results.json with what the best checkpoint reached on the test set. A fit that i
 its folder; what metrics.csv has from after that checkpoint is dropped, so it is that of a run without a break.
 """
 
+import contextlib
 import errno
 import os
 import shutil
@@ -139,6 +140,9 @@ class RunFolder(Callback):
         empty = not (self.path / "config.yaml").exists()
         if empty and not rank_zero_only.rank:  # type: ignore[attr-defined]
             shutil.rmtree(self.path, ignore_errors=True)
+            # Also the folder of runs of this name, if this was the first.
+            with contextlib.suppress(OSError):
+                self.path.parent.rmdir()
         return empty
 
     def on_save_checkpoint(

@@ -157,13 +157,16 @@ def test_fewer_images_than_devices_are_an_error(monkeypatch):
 def test_what_the_devices_cannot_do_is_told_at_once(words, said, in_tmp, capsys):
     assert main(["fit", "--config=quickstart.yaml", "--trainer.accelerator=cpu", *words]) == 2
     assert said in capsys.readouterr().err
-    assert not list(in_tmp.rglob("runs/*/*"))
+    assert not list(in_tmp.rglob("runs/*"))
 
 
 def _half_a_batch(rank, address, path):
     torch.cuda.set_device(0)
     torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    network, images = torch.load(path, weights_only=False)
+    # Weights, not the network: the command line's modules have torch refuse to unpickle code.
+    weights, images = torch.load(path)
+    network = create_backbone("cifar_resnet20", SlimConv2d, 10, 3)
+    network.load_state_dict(weights)
     network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network).cuda().train()
     torch.save(network(images.cuda()[rank::2]).cpu(), f"{path}.{rank}")
     torch.distributed.destroy_process_group()
@@ -174,7 +177,7 @@ def _half_a_batch(rank, address, path):
 def test_synchronised_batch_norms_see_the_whole_batch(tmp_path):
     # Two processes share the one GPU. SlimConv has norms of its own, one of them on maps of a single pixel.
     network, images = create_backbone("cifar_resnet20", SlimConv2d, 10, 3).train(), torch.randn(8, 3, 32, 32)
-    torch.save((network, images), tmp_path / "it")
+    torch.save((network.state_dict(), images), tmp_path / "it")
     expected = network.cuda()(images.cuda()).cpu()
     torch.multiprocessing.spawn(_half_a_batch, (f"file://{tmp_path}/meet", str(tmp_path / "it")), nprocs=2)
     for rank in range(2):
