@@ -26,6 +26,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -40,6 +41,7 @@ from slimconv_lit.data.sbd import write_sbd_masks
 from slimconv_lit.experiments.sweep_file import read_sweep
 
 CORPUS = Path(__file__).parent.parent / "tests" / "fuzz_corpus"
+COUNTED = ("inputs", "bytes", "read", "failures")
 SECONDS, MEGABYTES, MOST_CRASHES, MOST_KEPT = 10, 500, 20, 1000
 TOKENS = [
     *(b"0 -1 1 255 256 65536 2147483647 4294967296 9223372036854775808 1e999 -1e999 nan .nan .inf 0.5 1e-4".split()),
@@ -281,7 +283,7 @@ def work(name: str, seed: int, seconds: float, kept: Path, report: Path) -> None
     reader, rng = READERS[name], random.Random(seed)
     pool = inputs_of(name)
     known: set[tuple[object, ...]] = set()
-    counts = {"inputs": 0, "bytes": 0, "read": 0, "seconds": 0.0, "failures": 0}
+    counts: dict[str, float] = dict.fromkeys((*COUNTED, "seconds"), 0)
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         reader.prepare()
         _limit_memory()
@@ -308,7 +310,7 @@ def work(name: str, seed: int, seconds: float, kept: Path, report: Path) -> None
         report.write_text(json.dumps(counts | {"answers": len(known)}))
 
 
-def fuzz(name: str, minutes: float, seed: int) -> dict[str, object]:
+def fuzz(name: str, minutes: float, seed: int) -> dict[str, Any]:
     """Runs one reader for `minutes`, in processes of its own: one that crashes is followed by another."""
     total: dict[str, float] = {"seconds": 0}
     crashes = 0
@@ -318,7 +320,7 @@ def fuzz(name: str, minutes: float, seed: int) -> dict[str, object]:
         kept, report = Path(folder, "input"), Path(folder, "report.json")
         while total["seconds"] < 60 * minutes - 1 and crashes < MOST_CRASHES:
             left = 60 * minutes - total["seconds"]
-            process = spawn.Process(target=work, args=(name, seed + crashes, left, kept, report))
+            process = spawn.Process(target=work, args=(name, 1000 * seed + crashes, left, kept, report))
             process.start()
             process.join()
             counts = json.loads(report.read_text()) if report.exists() else {}
@@ -330,7 +332,13 @@ def fuzz(name: str, minutes: float, seed: int) -> dict[str, object]:
                 keep(name, content)
                 print(f"{name}: the process ended with {process.exitcode}: {content[:200]!r}", flush=True)
     ran = round(total.pop("seconds") / 60, 1)
-    return {"minutes": ran, **total, "crashes": crashes, "seed": seed, **machine()}
+    return {"minutes": ran, **total, "crashes": crashes, "seeds": [seed], **machine()}
+
+
+def add_up(before: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
+    """What several runs found together; their answers may be the same, so that the run with most of them counts."""
+    summed = {key: round(before[key] + row[key], 1) for key in ("minutes", *COUNTED, "crashes")}
+    return row | summed | {"answers": max(before["answers"], row["answers"]), "seeds": before["seeds"] + row["seeds"]}
 
 
 def main() -> None:
@@ -339,15 +347,15 @@ def main() -> None:
         "readers", nargs="+", choices=[*READERS, "all"], metavar="READER", help=f"{', '.join(READERS)}, or all"
     )
     parser.add_argument("--minutes", type=float, default=30, help="for each reader (default: 30)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="a JSON file; what it says of other readers stays")
+    parser.add_argument("--output", type=Path, help="a JSON file; the runs that it tells of are added to")
     own = parser.parse_args()
     for name in READERS if "all" in own.readers else own.readers:
-        row = fuzz(name, own.minutes, own.seed)
+        rows = json.loads(own.output.read_text()) if own.output and own.output.is_file() else {}
+        row = fuzz(name, own.minutes, seed=len(rows[name]["seeds"]) if name in rows else 0)
         print(name, json.dumps(row), flush=True)
         if own.output:
-            rows = json.loads(own.output.read_text()) if own.output.is_file() else {}
-            own.output.write_text(json.dumps(rows | {name: row}, indent=2) + "\n")
+            rows[name] = add_up(rows[name], row) if name in rows else row
+            own.output.write_text(json.dumps(rows, indent=2) + "\n")
 
 
 if __name__ == "__main__":

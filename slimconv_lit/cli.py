@@ -54,6 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: there is no verb {verb!r}{f'; did you mean {near[0]!r}?' if near else ''}\n", file=sys.stderr)
         print(USAGE, file=sys.stderr)
         return 2
+    # argparse makes an empty list of it, wherever it stands.
+    if nothing := next((word for word in rest if word.endswith("=--")), None):
+        print(f"error: {nothing}: '--' is no value", file=sys.stderr)
+        return 2
     return _run(verb, rest)
 
 

@@ -112,8 +112,18 @@ class LinearGate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, H, W) to weights (B, C, 1, 1) between 0 and 1."""
-        z = self.relu(self.squeeze(pool(x).flatten(1)))
-        return torch.sigmoid(self.excite(z))[..., None, None]
+        z = self.relu(_linear(self.squeeze, pool(x).flatten(1)))
+        return torch.sigmoid(_linear(self.excite, z))[..., None, None]
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """A small linear layer on vectors (B, N)."""
+    if not torch.compiler.is_compiling():
+        mapped: Tensor = layer(x)
+        return mapped
+    # Compilers make a sum a loop beside the others; to call a library takes them longer than so few products.
+    mapped = (x[:, None] * layer.weight).sum(2)
+    return mapped if layer.bias is None else mapped + layer.bias
 
 
 class SlimConv2d(Operator):
