@@ -220,9 +220,10 @@ def write_aoti(program: ExportedProgram, path: Path, facts: Facts) -> None:
     from torch._inductor.exc import InvalidCxxCompiler
 
     try:
-        aoti_compile_and_package(
-            program, package_path=str(path), inductor_configs={"aot_inductor.metadata": _texts(facts)}
-        )
+        # Freezing lays the weights out once and for all, as the convolutions want them.
+        configs = {"aot_inductor.metadata": _texts(facts), "freezing": True}
+        with torch.no_grad():
+            aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
     except InvalidCxxCompiler as error:
         raise UsageError(f"--format aoti needs a C++ compiler: {error}") from error
 
