@@ -1,6 +1,12 @@
 """What SlimConv keeps for the backward pass and makes again, against the same layers called one by one."""
 
 import copy
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from slimconv_lit import SlimConv2d, slimify
+from slimconv_lit.ops.reconstruct import use_kernel
 from slimconv_lit.ops.slim_conv import pool
 from tests.ops.test_slim_conv import ARRANGEMENTS, randomised
 
@@ -243,3 +250,30 @@ def test_compiles_into_one_graph(training):
     compiled = torch.compile(operator, backend="aot_eager", fullgraph=True)
     for ours, wanted in zip(*(tree_iter(gradients(each, x)) for each in (compiled, eager)), strict=True):
         torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5)
+
+
+# ---- kernels of our own --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton, which comes with torch on Linux")
+def test_kernels_through_tritons_interpreter():
+    file = Path(__file__).with_name("test_reconstruct_triton.py")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", str(file)]
+    root = Path(__file__).parents[2]
+    ran = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=root, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert re.search(r"^2\d passed", ran.stdout, re.MULTILINE), ran.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_kernels_are_refused_where_they_cannot_run(monkeypatch):
+    with pytest.raises(ValueError, match="there is no kernel 'tritn'; there are torch and triton"):
+        use_kernel("tritn")
+    if find_spec("triton"):
+        with pytest.raises(ValueError, match="needs a GPU, and torch sees none here"):
+            use_kernel("triton")
+    monkeypatch.setitem(sys.modules, "slimconv_lit.ops.reconstruct_triton", None)
+    with pytest.raises(ValueError, match="needs the package triton"):
+        use_kernel("triton")
+    with use_kernel("torch"):
+        SlimConv2d(8)(torch.randn(2, 8, 3, 3)).sum().backward()
