@@ -11,6 +11,7 @@ On a GPU, Triton kernels (reconstruct_triton.py) do both where `use_kernel` has 
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -55,14 +56,14 @@ class use_kernel:
 
 def _import_kernels() -> Any:
     try:
-        from slimconv_lit.ops import reconstruct_triton
+        kernels = import_module("slimconv_lit.ops.reconstruct_triton")
     except ImportError as error:
         raise ValueError(
             f"kernel 'triton' needs the package triton, which comes with torch on Linux: {error}"
         ) from error
-    if not (torch.cuda.is_available() or reconstruct_triton.INTERPRETED):
+    if not (torch.cuda.is_available() or kernels.INTERPRETED):
         raise ValueError("kernel 'triton' needs a GPU, and torch sees none here; 'torch' runs everywhere")
-    return reconstruct_triton
+    return kernels
 
 
 def _takes_kernel(x: Tensor) -> bool:

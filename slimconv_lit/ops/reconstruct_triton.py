@@ -2,9 +2,10 @@
 
     B batch   C channels   S = H * W pixels   N folds   T = C // N   P paths (1 to 3)
 
-Passes over x, forward: it is read once and P maps of T channels are written, 1 + P / N. Backward: x and the P gradients
-are read once, the gradient of x is written once, 2 + P / N; sums over pixels are of tiles first, then of tiles' sums, so
-that they come out the same each time. Everything is summed in float32 (float64 of float64).
+In passes over x: forward, it is read once and P maps of T channels are written, 1 + P / N. Backward, x and the P
+gradients are read once and the gradient of x is written once, 2 + P / N; the weights' gradients are summed over tiles
+of pixels first and over tiles afterwards, so that they come out the same each time. Sums are in float32, those of
+float64 in float64.
 
 The pooled mean stays torch's: all of it has to be known before the first weight is, so that a kernel of ours would read
 x once more too, where compilers take the sum while they write x. So does the gate, on B * C numbers. The norm and ReLU
@@ -184,7 +185,7 @@ def _launch(
     if not programs:
         return
     # Else the kernel would be started on the first GPU, wherever x is.
-    with torch.cuda.device_of(x):
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         kernel[(programs,)](
             flat, w, *three, *written, *flat.stride(), batch, channels, pixels, **sizes, **kinds, num_warps=warps
         )
@@ -213,14 +214,11 @@ def _differentiate(ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor, list[Tens
         rest = (0, 0, 0, 0, 0, x.shape[1] - used)
         wide = [grad.repeat(1, ctx.folds, 1, 1) for grad in grads]
         of_x = torch.stack([grad * w[:, :used] for grad, w in zip(wide, weights, strict=True)]).sum(0)
-        of_w = [functional.pad((grad * x[:, :used]).sum((2, 3), keepdim=True), rest) for grad in wide]
-        return (
-            functional.pad(of_x, rest).to(x.dtype),
-            [of.to(w.dtype) for of, w in zip(of_w, weights, strict=True)],
-            None,
-        )
-    of_x, of_weights = fold_paths_backward(x, weights, grads, ctx.folds)
-    return of_x, [of_w.view(w.shape) for of_w, w in zip(of_weights, weights, strict=True)], None
+        sums = [functional.pad((grad * x[:, :used]).sum((2, 3), keepdim=True), rest) for grad in wide]
+        of_weights = [of.to(w.dtype) for of, w in zip(sums, weights, strict=True)]
+        return functional.pad(of_x, rest).to(x.dtype), of_weights, None
+    of_x, of_w = fold_paths_backward(x, weights, grads, ctx.folds)
+    return of_x, [of.view_as(w) for of, w in zip(of_w, weights, strict=True)], None
 
 
 fold_paths.register_autograd(_differentiate, setup_context=_keep)

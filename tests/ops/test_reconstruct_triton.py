@@ -27,12 +27,7 @@ if not INTERPRETED:
 kernels = pytest.importorskip("slimconv_lit.ops.reconstruct_triton")
 DEVICE = "cpu" if INTERPRETED else "cuda"
 # The interpreter cuts bfloat16 off, where GPUs round.
-ROUNDING = {
-    torch.float64: 1e-14,
-    torch.float32: 1e-6,
-    torch.bfloat16: 8e-3 if INTERPRETED else 4e-3,
-    torch.float16: 1e-3,
-}
+ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 8e-3 if INTERPRETED else 4e-3}
 
 
 @pytest.fixture(autouse=True)
@@ -57,9 +52,7 @@ def check(x, weights, folds, grads=None):
     x, weights = x.detach().requires_grad_(), [w.detach().requires_grad_() for w in weights]
     maps = kernels.fold_paths(x, weights, folds)
     grads = [torch.randn_like(one) for one in maps] if grads is None else grads
-    got = torch.autograd.grad(maps, [x, *weights], grads, retain_graph=True)
-    assert all(map(torch.equal, got, torch.autograd.grad(maps, [x, *weights], grads)))
-
+    got = torch.autograd.grad(maps, [x, *weights], grads)
     exact_x, *exact_weights = (t.detach().double().requires_grad_() for t in (x, *weights))
     wanted = [reference.fold(exact_x * w, folds) for w in exact_weights]
     of_wanted = torch.autograd.grad(wanted, [exact_x, *exact_weights], [grad.double() for grad in grads])
@@ -77,10 +70,10 @@ SHAPES = [
     ((2, 100, 13, 3), 3, 1),
     ((2, 16, 31, 1), 4, 2),
     ((2, 45, 1, 33), 5, 3),
-    ((1, 26, 40, 37), 6, 2),
+    ((1, 26, 24, 37), 6, 2),
     ((2, 21, 3, 2), 7, 1),
     ((3, 37, 5, 9), 8, 3),
-    ((2, 263, 9, 17), 2, 2),
+    ((1, 263, 5, 8), 2, 2),
     ((0, 8, 3, 3), 2, 2),
 ]
 
@@ -101,13 +94,8 @@ def test_equals_the_equations_forward_and_backward(dtype, last):
 def test_any_strides_and_mixed_types():
     w = drawn(2, 24, 1, 1)
     for last in (True, False):
-        wide = drawn(2, 30, 9, 10, last=last)
-        for x in (
-            wide[:, 2:26],
-            wide[:, :24, ::2, 1::3],
-            wide[:, :24].transpose(2, 3),
-            wide[:1, :24].expand(2, -1, -1, -1),
-        ):
+        narrow = drawn(2, 30, 9, 10, last=last)[:, 2:26]
+        for x in (narrow, narrow[..., ::2, 1::3], narrow.transpose(2, 3), narrow[:1].expand(2, -1, -1, -1)):
             check(x, [w, w.flip(1)], 4)
     x = drawn(2, 24, 5, 6, last=True)
     check(x, [w[:1].expand(2, -1, -1, -1), w[:, :1].expand(-1, 24, -1, -1)], 2)
@@ -115,6 +103,13 @@ def test_any_strides_and_mixed_types():
     # Autocast leaves maps that nothing has convolved in float32.
     maps, _ = check(x, [w.bfloat16(), w.flip(1).bfloat16()], 2)
     assert maps[0].dtype == torch.float32
+
+
+def test_come_out_the_same_each_time():
+    x, weights, grads = drawn(2, 8, 40, 40, last=True), [drawn(2, 8, 1, 1)] * 2, [drawn(2, 4, 40, 40, last=True)] * 2
+    first = kernels.fold_paths_backward(x, weights, grads, 2)
+    for _ in range(3):
+        assert all(map(torch.equal, first, kernels.fold_paths_backward(x, weights, grads, 2)))
 
 
 def test_gradients_and_their_gradients():
