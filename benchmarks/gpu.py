@@ -2,21 +2,22 @@
 
     python benchmarks/gpu.py
     python benchmarks/gpu.py --what compiled train-compiled --precision tf32 --output more.json
-    TRITON_INTERPRET=1 python benchmarks/gpu.py --device cpu --batch 1 --size 32 --rounds 2 --what eager train
+    TRITON_INTERPRET=1 python benchmarks/gpu.py --device cpu --batch 2 --size 32 --rounds 2 --what eager train
 
 The networks are compared by `slim_vs_plain.py`, where the treatments are told. Reconstruct alone is the folds of all
 its SlimConvs, one after the other, on maps of their sizes, without gate and pooling; `torch` is autograd through
 `fold`, in the networks its backward pass is another. On a GPU each way is one CUDA graph, so that the launches do not
-count. The bytes are those that have to be moved once: x, the weights' paths and, backward, x, its gradient and those of
-the folded maps; bytes over time is what a way achieves of the GPU's bandwidth, which the copy's row tells.
+count. The bytes are those that have to be moved, each once: x and the folded maps; backward x, its gradient and the
+folded maps' too. Bytes over time is what a way has of the GPU's bandwidth; `copy` is that of a plain copy of as many.
 
-What is not begun within `--minutes` is left out and told. The file is written anew after every part.
+A precision after the other, Reconstruct first, compiled training last. What is not begun within `--minutes` is left
+out and told, and the file is written anew after every part, so that it may be stopped at any time.
 """
 
 import argparse
-import itertools
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -67,7 +68,6 @@ def reconstruct(k, folds, shapes, dtype, args):
 
     inputs = [(drawn(*shape), [drawn(shape[0], 1, 1), drawn(shape[0], 1, 1)]) for shape in shapes]
     grads = [[drawn(shape[0] // folds, *shape[1:]).detach()] * 2 for shape in shapes]
-    # Once each, not a pass over the small weights.
     passes = sum(x.nbytes for x, _ in inputs)
     mapped = sum(grad.nbytes for pair in grads for grad in pair)
     moved = {"forward": passes + mapped, "both": passes + mapped + 2 * passes + mapped}
@@ -153,15 +153,21 @@ def main():
         args.output.write_text(json.dumps(document, indent=2) + "\n")
         print(format_table(rows), flush=True)
 
-    for k, precision in itertools.product(args.k, args.precision):
-        layers = [module for module in networks[k].modules() if isinstance(module, SlimConv2d)]
+    def compare_reconstruct(k, precision):
+        folds = next(module.folds for module in networks[k].modules() if isinstance(module, SlimConv2d))
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        note("reconstruct", reconstruct(k, layers[0].folds, slim_convs(networks[k], args.size), dtype, args))
-    for each, precision in itertools.product(what, args.precision):
-        if time.monotonic() > end:
-            note("left out", [{"what": each, "precision": precision, "why": "no time left"}])
-            continue
-        note("networks", compare("resnet50", networks, each, args.batch, precision, args))
+        return reconstruct(k, folds, slim_convs(networks[k], args.size), dtype, args)
+
+    for precision in args.precision:
+        parts = [("reconstruct", k, compare_reconstruct) for k in args.k]
+        parts += [
+            ("networks", one, partial(compare, "resnet50", networks, args=args, batch=args.batch)) for one in what
+        ]
+        for part, one, measure in parts:
+            if time.monotonic() > end:
+                note("left out", [{"part": part, "what": one, "precision": precision}])
+            else:
+                note(part, measure(one, precision=precision))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -263,6 +264,31 @@ def test_kernels_through_tritons_interpreter():
     ran = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=root, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert re.search(r"^2\d passed", ran.stdout, re.MULTILINE), ran.stdout
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton, which comes with torch on Linux")
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("name", ["_forward", "_backward"])
+def test_kernels_compile_for_a_gpu_that_is_not_here(name, tmp_path, monkeypatch):
+    # Else it would find what it has compiled before.
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    triton, kernels = import_module("triton"), import_module("slimconv_lit.ops.reconstruct_triton")
+    kernel, single = getattr(kernels, name), triton.language.float32
+    known = {"N": 2, "T": 64, "P": 2, "BLOCK_S": 32, "BLOCK_T": 64, "LAST": True, "SUM": single, "x_c": 1}
+    kinds = dict.fromkeys(("x_b", "x_s", "B", "C", "S"), "i32") | dict.fromkeys(known, "constexpr") | {"of_w": "*fp32"}
+    signature = {name: kinds.get(name, "*bf16") for name in kernel.arg_names}
+    place = {name: (i,) for i, name in enumerate(signature)}
+    source = triton.compiler.ASTSource(
+        kernel,
+        signature,
+        {place[name]: value for name, value in known.items()},
+        {place[name]: [["tt.divisibility", 16]] for name in signature.keys() - known.keys()},
+    )
+    target = import_module("triton.backends.compiler").GPUTarget("cuda", 90, 32)
+    written = triton.compile(source, target).asm["ptx"]
+    # Of maps, 16 bytes at once.
+    assert "ld.global.v4.b32" in written
+    assert "st.global.v4.b32" in written
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
