@@ -67,7 +67,7 @@ def reconstruct(k, folds, shapes, dtype, args):
         return x.contiguous(memory_format=torch.channels_last).requires_grad_()
 
     inputs = [(drawn(*shape), [drawn(shape[0], 1, 1), drawn(shape[0], 1, 1)]) for shape in shapes]
-    grads = [[drawn(shape[0] // folds, *shape[1:]).detach()] * 2 for shape in shapes]
+    grads = [[drawn(shape[0] // folds, *shape[1:]).detach() for _ in range(2)] for shape in shapes]
     passes = sum(x.nbytes for x, _ in inputs)
     mapped = sum(grad.nbytes for pair in grads for grad in pair)
     moved = {"forward": passes + mapped, "both": passes + mapped + 2 * passes + mapped}
@@ -75,18 +75,19 @@ def reconstruct(k, folds, shapes, dtype, args):
     def both_paths(x, weights):
         return list(fold_paths(x, weights, folds))
 
-    def forward(function):
+    def forward(function, kernel):
         def run():
-            with torch.no_grad():
+            with torch.no_grad(), use_kernel(kernel):
                 for x, weights in inputs:
                     function(x, weights)
 
         return run
 
-    def both(function):
+    def both(function, kernel):
         def run():
-            for (x, weights), grad in zip(inputs, grads, strict=True):
-                torch.autograd.grad(function(x, weights), [x, *weights], grad)
+            with use_kernel(kernel):
+                for (x, weights), grad in zip(inputs, grads, strict=True):
+                    torch.autograd.grad(function(x, weights), [x, *weights], grad)
 
         return run
 
@@ -96,13 +97,7 @@ def reconstruct(k, folds, shapes, dtype, args):
         ways["triton"] = (both_paths, "triton")
     rows = []
     for what, make in (("forward", forward), ("both", both)):
-        runs = {}
-        for way, (function, kernel) in ways.items():
-            with use_kernel(kernel):
-                runs[way] = captured(make(function), args.device)
-        if not args.device.startswith("cuda"):
-            # No graph keeps what was chosen.
-            runs = {way: chosen(run, ways[way][1]) for way, run in runs.items()}
+        runs = {way: captured(make(function, kernel), args.device) for way, (function, kernel) in ways.items()}
         whole, half = torch.empty(2, moved[what] // 4, device=args.device, dtype=torch.int16)
         runs["copy"] = lambda whole=whole, half=half: whole.copy_(half)
         for way, seconds in interleaved(runs, args.rounds, device=args.device).items():
@@ -115,14 +110,6 @@ def reconstruct(k, folds, shapes, dtype, args):
             rows.append(row | {"MB": round(moved[what] / 1e6, 1), "GB/s": round(moved[what] / found.median / 1e9, 1)})
     torch.compiler.reset()
     return rows
-
-
-def chosen(run, kernel):
-    def inside():
-        with use_kernel(kernel):
-            run()
-
-    return inside
 
 
 def main():
