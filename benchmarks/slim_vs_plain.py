@@ -3,6 +3,8 @@
     python benchmarks/slim_vs_plain.py resnet50 --k 4/3 8/3 --batch 1 16 --what eager fused compiled
     python benchmarks/slim_vs_plain.py resnet50 --k 4/3 8/3 --batch 16 --what train train-compiled
 
+`gpu.py` asks for all of it on a GPU.
+
 eager           a forward pass in evaluation mode
 fused           the same behind `fuse`
 compiled        the same by torch.compile with freezing (needs a C++ compiler on CPUs)
@@ -17,6 +19,7 @@ stays with the process, as in `fit` on a CPU; `--memory returned` is what the C 
 
 import argparse
 import copy
+import itertools
 import json
 import statistics
 from pathlib import Path
@@ -27,36 +30,44 @@ import torchvision
 
 from slimconv_lit import fuse, slimify
 from slimconv_lit.analysis.complexity import macs
-from slimconv_lit.analysis.latency import interleaved, machine, peak_memory, ratios
+from slimconv_lit.analysis.latency import interleaved, machine, peak_memory, ratios, tune_gpu
 from slimconv_lit.memory import keep_memory
+from slimconv_lit.ops.reconstruct import use_kernel
 from slimconv_lit.tables import format_table
 
 TREATMENTS = ("eager", "fused", "compiled", "train", "train-compiled")
 
 
-def treated(network, what, x):
+def autocast(x, precision):
+    return torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def treated(network, what, x, precision="float32", kernel="torch"):
     """What is timed: a call without arguments."""
-    model = copy.deepcopy(network).to(x.device, memory_format=torch.channels_last).train(what.startswith("train"))
-    run = model
+    model = copy.deepcopy(network).train(what.startswith("train"))
+    if what in ("fused", "compiled"):
+        # Compilers fold norms too, but leave gates convolutions. On the CPU: with TF32 it could not be proved right.
+        fuse(model)
+    run = model.to(x.device, memory_format=torch.channels_last)
     if what.startswith("train"):
         if what == "train-compiled":
             run = torch.compile(model, dynamic=False)
 
         def step():
             model.zero_grad()
-            run(x).float().square().mean().backward()
+            with use_kernel(kernel):
+                with autocast(x, precision):
+                    loss = run(x).float().square().mean()
+                loss.backward()
 
         return model, step
-    if what in ("fused", "compiled"):
-        # Compilers fold norms too, but leave gates convolutions.
-        fuse(model)
     if what == "compiled":
         # As an option of `torch.compile` it does nothing (2.15).
         torch._inductor.config.freezing = True
         run = torch.compile(model, dynamic=False)
 
     def forward():
-        with torch.no_grad():
+        with torch.no_grad(), use_kernel(kernel), autocast(x, precision):
             run(x)
 
     return model, forward
@@ -79,39 +90,61 @@ def kept_for_backward(model, x):
     return sum(size for place, (size, _) in kept.items() if place not in own)
 
 
-def compare(name, networks, what, batch, args):
+def compare(name, networks, what, batch, precision, args):
     x = torch.randn(batch, 3, args.size, args.size, device=args.device)
     x = x.contiguous(memory_format=torch.channels_last)
-    made = {label: treated(network, what, x) for label, network in networks.items()}
-    times = interleaved({label: run for label, (_, run) in made.items()}, args.rounds, device=args.device)
-    relative = ratios(times, "plain")
+    on_gpu = args.device.startswith("cuda")
+    if on_gpu:
+        tune_gpu(tf32=precision == "tf32")
+    # (k, kernel) of what is compared with the plain network.
+    pairs = [("plain", "torch"), *((k, kernel) for k in args.k for kernel in args.kernel)]
+    made = {pair: treated(networks[pair[0]], what, x, precision, pair[1]) for pair in pairs}
+    times = interleaved({pair: run for pair, (_, run) in made.items()}, args.rounds, device=args.device)
+    relative = ratios(times, pairs[0])
     counts = {label: macs(network, (3, args.size, args.size)) for label, network in networks.items()}
-    rows = []
-    memory = {}
-    if what.startswith("train"):
-        for label, (model, run) in made.items():
+    memory = {pair: {} for pair in pairs}
+    for pair, (model, run) in made.items():
+        if what.startswith("train"):
             # The first step has made gradients, which the next one would hold from the start.
             model.zero_grad()
+            with use_kernel(pair[1]), autocast(x, precision):
+                memory[pair]["kept"] = kept_for_backward(model, x)
+        if what.startswith("train") or on_gpu:
             held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-            memory[label] = (kept_for_backward(model, x), held + peak_memory(run, args.device))
-    for label in args.k:
-        plain, slim = (1000 * statistics.median(times[each]) for each in ("plain", label))
+            memory[pair]["peak"] = held + peak_memory(run, args.device)
+        model.zero_grad()
+    # Else the compiler gives up at the ninth network.
+    torch.compiler.reset()
+    rows = []
+    for pair in pairs[1:]:
+        k, kernel = pair
+        plain, slim = (1000 * statistics.median(times[each]) for each in (pairs[0], pair))
         row = {
             "network": name,
             "what": what,
             "batch": batch,
-            "k": label,
+            "k": k,
+            "precision": precision,
+            "kernel": kernel,
             "plain ms": round(plain, 1),
             "slim ms": round(slim, 1),
-            "ratio": round(relative[label].median, 3),
-            "quartiles": f"{relative[label].low:.3f} to {relative[label].high:.3f}",
-            "macs ratio": round(counts[label] / counts["plain"], 3),
+            "ratio": round(relative[pair].median, 3),
+            "quartiles": f"{relative[pair].low:.3f} to {relative[pair].high:.3f}",
+            "macs ratio": round(counts[k] / counts["plain"], 3),
         }
-        for i, kind in enumerate(("kept MB", "peak MB") if memory else ()):
-            row[kind] = f"{memory['plain'][i] / 1e6:.0f} -> {memory[label][i] / 1e6:.0f}"
-            row[f"{kind[:4]} ratio"] = round(memory[label][i] / memory["plain"][i], 3)
+        for kind, used in memory[pair].items():
+            row[f"{kind} MB"] = f"{memory[pairs[0]][kind] / 1e6:.0f} -> {used / 1e6:.0f}"
+            row[f"{kind} ratio"] = round(used / memory[pairs[0]][kind], 3)
         rows.append(row)
     return rows
+
+
+def built(name, compressions):
+    networks = {"plain": torchvision.models.get_model(name).eval()}
+    for k in compressions:
+        networks[k] = torchvision.models.get_model(name).eval()
+        slimify(networks[k], k=k)
+    return networks
 
 
 def main():
@@ -120,6 +153,8 @@ def main():
     parser.add_argument("--k", nargs="+", default=["4/3", "8/3"])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--what", nargs="+", choices=TREATMENTS, default=["eager", "fused", "train"])
+    parser.add_argument("--precision", nargs="+", choices=["float32", "tf32", "bf16"], default=["float32"])
+    parser.add_argument("--kernel", nargs="+", choices=["torch", "triton"], default=["torch"], help="of Reconstruct")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
@@ -133,14 +168,11 @@ def main():
 
     rows = []
     for name in args.names:
-        networks = {"plain": torchvision.models.get_model(name).eval()}
-        for k in args.k:
-            networks[k] = torchvision.models.get_model(name).eval()
-            slimify(networks[k], k=k)
-        for what in args.what:
-            for batch in args.batch:
-                rows += compare(name, networks, what, batch, args)
-                print(format_table(rows[-len(args.k) :]), flush=True)
+        networks = built(name, args.k)
+        for what, batch, precision in itertools.product(args.what, args.batch, args.precision):
+            found = compare(name, networks, what, batch, precision, args)
+            print(format_table(found), flush=True)
+            rows += found
     if args.output:
         arguments = {key: value for key, value in vars(args).items() if key != "output"}
         args.output.write_text(

@@ -43,6 +43,7 @@ from slimconv_lit.distributed import FSDP2, check_devices, launched
 from slimconv_lit.errors import Parser, explain
 from slimconv_lit.faults import RunError, explain_fault
 from slimconv_lit.memory import keep_memory
+from slimconv_lit.ops.reconstruct import Kernel, use_kernel
 from slimconv_lit.quiet import quieten
 from slimconv_lit.tables import format_table
 from slimconv_lit.tasks import BaseTask
@@ -121,6 +122,7 @@ class SlimCLI(LightningCLI):
             type=Literal["highest", "high", "medium"] | None,
             help="Of float32 products on a GPU: high allows TF32, and is what null means there.",
         )
+        parser.add_argument("--kernel", type=Kernel, default="torch", help="What folds SlimConv's maps on a GPU.")
         if self.verb == "fit":
             parser.add_argument("--test_after", type=bool, default=True, help="Test the best checkpoint at the end.")
             parser.add_argument(
@@ -157,9 +159,18 @@ class SlimCLI(LightningCLI):
             raise UsageError(explain(str(error), list(options), args)) from error
 
     def before_instantiate_classes(self) -> None:
-        """Sets the number of threads before anything computes."""
-        if threads := self.config[self.verb]["threads"]:
-            torch.set_num_threads(threads)
+        """Sets the number of threads and the kernel before anything computes.
+
+        Raises:
+            UsageError: If the kernel cannot run here.
+        """
+        own = self.config[self.verb]
+        if own["threads"]:
+            torch.set_num_threads(own["threads"])
+        try:
+            use_kernel(own["kernel"])
+        except ValueError as error:
+            raise UsageError(f"--kernel: {error}") from error
 
     def _parse_ckpt_path(self) -> None:
         # Lightning would let the checkpoint's hyperparameters beat the command line; see `compose`.

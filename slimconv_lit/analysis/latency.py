@@ -99,6 +99,16 @@ def peak_memory(run: Callable[[], object], device: str = "cpu") -> int:
     return peak
 
 
+def tune_gpu(tf32: bool) -> None:
+    """Lets cuDNN choose by trying, and float32 products and convolutions be rounded to TF32 or not, on GPUs.
+
+    By torch's older switches: compilers read them, and once the newer ones are set, reading them is an error.
+    """
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+
+
 def resident_memory() -> int | None:
     """Bytes of this process that lie in memory, once what was freed has been given back; None on systems but Linux.
 

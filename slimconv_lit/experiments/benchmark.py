@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch._inductor.config
@@ -22,7 +22,16 @@ from torch.nn import functional
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from slimconv_lit.analysis.complexity import macs
-from slimconv_lit.analysis.latency import Spread, interleaved, machine, peak_memory, ratios, resident_memory, spread
+from slimconv_lit.analysis.latency import (
+    Spread,
+    interleaved,
+    machine,
+    peak_memory,
+    ratios,
+    resident_memory,
+    spread,
+    tune_gpu,
+)
 from slimconv_lit.backbones import create_backbone
 from slimconv_lit.backbones.presets import PRESETS
 from slimconv_lit.backbones.registry import made_for
@@ -35,6 +44,7 @@ from slimconv_lit.heads import WithoutProposals, deeplab_v3plus, faster_rcnn
 from slimconv_lit.lightning_cli import describe_network, open_checkpoint
 from slimconv_lit.memory import keep_memory
 from slimconv_lit.ops import OperatorFactory, OperatorLike, SlimConv2d, describe_operator, operator_classes
+from slimconv_lit.ops.reconstruct import Kernel, use_kernel
 from slimconv_lit.surgery import fuse
 from slimconv_lit.surgery.plan import plans_of
 from slimconv_lit.tables import format_table
@@ -64,6 +74,7 @@ class Setting:
         layout: Memory format of images and weights; "own" where the runtime chooses.
         batch: Images in one pass.
         threads: On the CPU.
+        kernel: What folds SlimConv's maps, see `use_kernel`.
     """
 
     backend: str
@@ -71,6 +82,7 @@ class Setting:
     layout: str
     batch: int
     threads: int
+    kernel: str
 
 
 @dataclass(frozen=True)
@@ -158,6 +170,7 @@ def _parser() -> RaisingParser:
     add("--memory_format", type=Layout, nargs="+", default=["channels_last"], help="of images and weights in torch")
     add("--batch", type=int, nargs="+", default=[1], help="images in a pass")
     add("--threads", type=int, nargs="+", default=[1], help="CPU threads")
+    add("--kernel", type=Kernel, nargs="+", default=["torch"], help="what folds SlimConv's maps on a GPU")
     add("--device", type=str, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add("--train", action="store_true", help="time training steps (loss, backward, SGD), not forward passes")
     add("--fuse", action="store_true", help="fold the norms of all networks into their convolutions first")
@@ -169,9 +182,10 @@ def _parser() -> RaisingParser:
 
 
 def _settings(own: Any) -> list[Setting]:
-    combined = itertools.product(own.backend, own.precision, own.memory_format, own.batch, own.threads)
+    combined = itertools.product(own.backend, own.precision, own.memory_format, own.batch, own.threads, own.kernel)
     # Runtimes choose their layout, so that asking for two of them is asking for one measurement.
-    return list(dict.fromkeys(Setting(b, p, "own" if b in _RUNTIMES else f, n, t) for b, p, f, n, t in combined))
+    settings = (Setting(b, p, "own" if b in _RUNTIMES else f, n, t, k) for b, p, f, n, t, k in combined)
+    return list(dict.fromkeys(settings))
 
 
 def _refusal(setting: Setting, compared: Networks, train: bool, device: str) -> str | None:
@@ -186,6 +200,8 @@ def _refusal(setting: Setting, compared: Networks, train: bool, device: str) -> 
         return f"{backend} in int8: that is for onnxruntime and openvino"
     if precision == "tf32" and (device == "cpu" or backend in _RUNTIMES):
         return f"{backend} in tf32 on {device}: that is for CUDA"
+    if setting.kernel == "triton" and (device == "cpu" or backend in _RUNTIMES):
+        return f"{backend} with kernel triton on {device}: that is for torch on CUDA"
     return None
 
 
@@ -313,13 +329,14 @@ class _Benchmark:
             torch.manual_seed(0)
             runs, memory = {}, {}
             try:
-                for label in self.networks:
-                    runs[label], memory[label] = self._prepare(label, setting)
+                with use_kernel(cast(Kernel, setting.kernel)):
+                    for label in self.networks:
+                        runs[label], memory[label] = self._prepare(label, setting)
+                    times = interleaved(runs, self.own.rounds, device=self.own.device)
             # What compilers and runtimes raise has no class in common, and the other settings are worth having.
             except Exception as error:
                 _told(f"{' '.join(map(str, vars(setting).values()))}: {' '.join(str(error).split())[:300]}")
                 continue
-            times = interleaved(runs, self.own.rounds, device=self.own.device)
             against = ratios(times, "plain")
             for label, seconds in times.items():
                 rows.append(self._row(label, setting, spread(seconds), against[label], memory))
@@ -352,9 +369,7 @@ class _Benchmark:
             return self._runtime(label, setting)
         device, bf16 = torch.device(self.own.device), setting.precision == "bf16"
         if device.type == "cuda":
-            torch.backends.cudnn.benchmark = True
-            precision = "tf32" if setting.precision == "tf32" else "ieee"
-            torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
+            tune_gpu(tf32=setting.precision == "tf32")
         layout = torch.channels_last if setting.layout == "channels_last" else torch.contiguous_format
         network = deepcopy(self.networks[label]).to(device, memory_format=layout)  # type: ignore[call-overload]
         images, targets = self._batch(setting.batch, device, layout)

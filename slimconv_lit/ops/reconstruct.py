@@ -6,10 +6,13 @@ Autograd keeps what every layer reads. Two of SlimConv's layers read what is qui
 x, which whoever wrote it has kept already, and of the weights, which are small; a normed and rectified map comes of
 the map before the norm. Both are made again here, and weighted copies of x are never made. The gradient of x is
 written once, for all paths.
+
+On a GPU, Triton kernels (reconstruct_triton.py) do both where `use_kernel` has chosen them.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +20,54 @@ from torch.nn import functional
 
 Geometry: TypeAlias = tuple[Any, Any, Any, int]
 """Stride, padding, dilation and groups of a convolution."""
+
+Kernel = Literal["torch", "triton"]
+
+# The module with the kernels, once it is chosen.
+_kernels: Any = None
+
+
+class use_kernel:
+    """Chooses what folds maps on a GPU: from now on or, as `with use_kernel("triton"):`, in a block.
+
+    On the CPU it is always torch.
+
+    Args:
+        name: "torch", which all begins with, or "triton", the kernels of ours.
+
+    Raises:
+        ValueError: If there is no kernel of that name, no package `triton`, or no GPU.
+    """
+
+    def __init__(self, name: Kernel) -> None:
+        global _kernels
+        if name not in get_args(Kernel):
+            raise ValueError(f"there is no kernel {name!r}; there are {' and '.join(get_args(Kernel))}")
+        self.before = _kernels
+        _kernels = _import_kernels() if name == "triton" else None
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        global _kernels
+        _kernels = self.before
+
+
+def _import_kernels() -> Any:
+    try:
+        kernels = import_module("slimconv_lit.ops.reconstruct_triton")
+    except ImportError as error:
+        raise ValueError(
+            f"kernel 'triton' needs the package triton, which comes with torch on Linux: {error}"
+        ) from error
+    if not (torch.cuda.is_available() or kernels.INTERPRETED):
+        raise ValueError("kernel 'triton' needs a GPU, and torch sees none here; 'torch' runs everywhere")
+    return kernels
+
+
+def _takes_kernel(x: Tensor) -> bool:
+    return _kernels is not None and not x.is_meta and (x.is_cuda or _kernels.INTERPRETED)
 
 
 def fold(x: Tensor, w: Tensor, folds: int) -> Tensor:
@@ -29,6 +80,13 @@ def fold(x: Tensor, w: Tensor, folds: int) -> Tensor:
         # One pass over each fold, instead of writing w * x out and reading it again.
         folded = add_product(folded, x[:, start : start + width], w[:, start : start + width])
     return folded
+
+
+def fold_paths(x: Tensor, weights: Sequence[Tensor], folds: int) -> Iterator[Tensor]:
+    """`fold` with the weights of each path, made as they are asked for; by a kernel, all at once."""
+    if _takes_kernel(x):
+        return iter(_kernels.fold_paths(x, weights, folds))
+    return (fold(x, w, folds) for w in weights)
 
 
 def can_make_again(x: Tensor, *modules: nn.Module) -> bool:
@@ -145,9 +203,9 @@ class _ConvolvedFolds(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, folds: int, geometries: list[Geometry], *tensors: Tensor) -> tuple[Tensor, ...]:
-        paths = len(geometries)
-        every = zip(tensors[:paths], tensors[paths:], geometries, strict=True)
-        return tuple(_convolve(fold(x, w, folds), kernel, geometry) for w, kernel, geometry in every)
+        maps = fold_paths(x, tensors[: len(geometries)], folds)
+        every = zip(tensors[len(geometries) :], geometries, strict=True)
+        return tuple(_convolve(next(maps), kernel, geometry) for kernel, geometry in every)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -166,6 +224,8 @@ class _ConvolvedFolds(torch.autograd.Function):
 
             of_x, *rest = _backward_for_more(function, (x, *tensors), grads, (x_needed, *needed))
             return of_x, None, None, *rest
+        if _takes_kernel(x):
+            return _ConvolvedFolds._backward_by_kernel(ctx, grads)
 
         width = x.shape[1] // folds
         parts = [slice(start, start + width) for start in range(0, width * folds, width)]
@@ -193,6 +253,21 @@ class _ConvolvedFolds(torch.autograd.Function):
         if of_x is not None:
             of_x[:, width * folds :] = 0
         return of_x, None, None, *of_tensors
+
+    @staticmethod
+    def _backward_by_kernel(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
+        x, *tensors = ctx.saved_tensors
+        weights, kernels = tensors[: len(grads)], tensors[len(grads) :]
+        x_needed, _, _, *needed = ctx.needs_input_grad
+        maps_needed = x_needed or any(needed[: len(grads)])
+        maps = fold_paths(x, weights, ctx.folds)
+        every = zip(grads, kernels, ctx.geometries, needed[len(grads) :], strict=True)
+        found = [_convolve_backward(g, next(maps), kernel, geo, (maps_needed, need)) for g, kernel, geo, need in every]
+        of_maps, of_kernels = zip(*found, strict=True)
+        if not maps_needed:
+            return None, None, None, *[None] * len(weights), *of_kernels
+        of_x, of_weights = _kernels.fold_paths_backward(x, weights, of_maps, ctx.folds)
+        return of_x, None, None, *(of_w.view_as(w) for of_w, w in zip(of_weights, weights, strict=True)), *of_kernels
 
 
 class _Convolved(torch.autograd.Function):

@@ -31,7 +31,7 @@ from slimconv_lit.ops.base import (
     reset_convolutions,
     same_padding,
 )
-from slimconv_lit.ops.reconstruct import can_make_again, convolve_folds, convolve_normed, fold, join
+from slimconv_lit.ops.reconstruct import can_make_again, convolve_folds, convolve_normed, fold_paths, join
 
 Arrangement = Literal["flip", "none", "only_flip", "shuffle", "shuffle_3b"]
 
@@ -232,9 +232,10 @@ class SlimConv2d(Operator):
 
     def reconstruct(self, x: Tensor) -> list[Tensor]:
         """The folded maps (B, T, H, W) that the paths read: top, bottom and, with a third branch, its own."""
+        weights = self._weights(x)
         if self.arrangement in ("none", "only_flip"):
-            return [fold(x, self._weights(x)[0], self.folds)] * 2
-        return [fold(x, w, self.folds) for w in self._weights(x)]
+            return list(fold_paths(x, weights[:1], self.folds)) * 2
+        return list(fold_paths(x, weights, self.folds))
 
     def _weights(self, x: Tensor) -> list[Tensor]:
         """The weights (B, C, 1, 1) that x is folded with for each path."""

@@ -33,6 +33,7 @@ MISTAKES = {
     "--trainer.max_epochs=three": "trainer.max_epochs: expected int, not 'three'",
     "--trainer.accelerator=gpuu": "invalid accelerator name",
     "--logger=wndb": "did you mean 'wandb'",
+    "--kernel=tritn": "did you mean 'triton'",
     "--ckpt_path=last": "--ckpt_path last: there is no",
     "--config=quikstart.yaml": "did you mean 'quickstart.yaml'",
 }

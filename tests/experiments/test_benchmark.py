@@ -96,6 +96,7 @@ def test_a_checkpoint_in_runtimes(in_tmp, capsys):
         (["--fuse", "--train"], "--fuse is for inference"),
         (["--rounds=1"], "--rounds=1: at least 2"),
         (["--operator=GhostConv2d", "--k=2"], "--k is SlimConv2d's"),
+        (["--kernel=triton", "--device=cpu"], "nothing of what was asked for can be run"),
         (["--precision=int8"], "nothing of what was asked for can be run"),
         (["--k=5"], "nearest: 14/3"),
     ],

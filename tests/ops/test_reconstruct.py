@@ -1,6 +1,13 @@
 """What SlimConv keeps for the backward pass and makes again, against the same layers called one by one."""
 
 import copy
+import os
+import re
+import subprocess
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from slimconv_lit import SlimConv2d, slimify
+from slimconv_lit.ops.reconstruct import use_kernel
 from slimconv_lit.ops.slim_conv import pool
 from tests.ops.test_slim_conv import ARRANGEMENTS, randomised
 
@@ -243,3 +251,55 @@ def test_compiles_into_one_graph(training):
     compiled = torch.compile(operator, backend="aot_eager", fullgraph=True)
     for ours, wanted in zip(*(tree_iter(gradients(each, x)) for each in (compiled, eager)), strict=True):
         torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5)
+
+
+# ---- kernels of our own --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton, which comes with torch on Linux")
+def test_kernels_through_tritons_interpreter():
+    file = Path(__file__).with_name("test_reconstruct_triton.py")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", str(file)]
+    root = Path(__file__).parents[2]
+    ran = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=root, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert re.search(r"^2\d passed", ran.stdout, re.MULTILINE), ran.stdout
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton, which comes with torch on Linux")
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("name", ["_forward", "_backward"])
+def test_kernels_compile_for_a_gpu_that_is_not_here(name, tmp_path, monkeypatch):
+    # Else it would find what it has compiled before.
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    triton, kernels = import_module("triton"), import_module("slimconv_lit.ops.reconstruct_triton")
+    kernel, single = getattr(kernels, name), triton.language.float32
+    known = {"N": 2, "T": 64, "P": 2, "BLOCK_S": 32, "BLOCK_T": 64, "LAST": True, "SUM": single, "x_c": 1}
+    kinds = dict.fromkeys(("x_b", "x_s", "B", "C", "S"), "i32") | dict.fromkeys(known, "constexpr") | {"of_w": "*fp32"}
+    signature = {name: kinds.get(name, "*bf16") for name in kernel.arg_names}
+    place = {name: (i,) for i, name in enumerate(signature)}
+    source = triton.compiler.ASTSource(
+        kernel,
+        signature,
+        {place[name]: value for name, value in known.items()},
+        {place[name]: [["tt.divisibility", 16]] for name in signature.keys() - known.keys()},
+    )
+    target = import_module("triton.backends.compiler").GPUTarget("cuda", 90, 32)
+    written = triton.compile(source, target).asm["ptx"]
+    # Of maps, 16 bytes at once.
+    assert "ld.global.v4.b32" in written
+    assert "st.global.v4.b32" in written
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_kernels_are_refused_where_they_cannot_run(monkeypatch):
+    with pytest.raises(ValueError, match="there is no kernel 'tritn'; there are torch and triton"):
+        use_kernel("tritn")
+    if find_spec("triton"):
+        with pytest.raises(ValueError, match="needs a GPU, and torch sees none here"):
+            use_kernel("triton")
+    monkeypatch.setitem(sys.modules, "slimconv_lit.ops.reconstruct_triton", None)
+    with pytest.raises(ValueError, match="needs the package triton"):
+        use_kernel("triton")
+    with use_kernel("torch"):
+        SlimConv2d(8)(torch.randn(2, 8, 3, 3)).sum().backward()
