@@ -34,7 +34,7 @@ from slimconv_lit.analysis.latency import interleaved, machine, spread
 from slimconv_lit.analysis.latency import ratios as against
 from slimconv_lit.data.base import Transformed
 from slimconv_lit.data.batched import BatchAugment, InMemory
-from slimconv_lit.data.files import Picture, read_image, read_pixels
+from slimconv_lit.data.files import EncodedImage, read_image, read_pixels
 from slimconv_lit.data.transforms import (
     CIFAR100_STATS,
     IMAGENET_STATS,
@@ -89,13 +89,13 @@ TENSORS = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize
 def classification(files):
     ours = imagenet_train(224)
     plain = v2.Compose([v2.RandomResizedCrop(224), v2.RandomHorizontalFlip(), *TENSORS])
-    return each_way(files, no_target, PIL=(read_image, plain), whole=(read_pixels, ours), ours=(Picture, ours))
+    return each_way(files, no_target, PIL=(read_image, plain), whole=(read_pixels, ours), ours=(EncodedImage, ours))
 
 
 def evaluation(files):
     ours = imagenet_eval(224)
     plain = v2.Compose([v2.Resize(256), v2.CenterCrop(224), *TENSORS])
-    return each_way(files, no_target, PIL=(read_image, plain), whole=(read_pixels, ours), ours=(Picture, ours))
+    return each_way(files, no_target, PIL=(read_image, plain), whole=(read_pixels, ours), ours=(EncodedImage, ours))
 
 
 def resized(files, width, height, folder):

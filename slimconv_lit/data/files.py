@@ -198,7 +198,7 @@ def read_image(path: str | Path, mode: str | None = "RGB") -> Image.Image:
         return image.convert(mode)
 
 
-class Picture:
+class EncodedImage:
     """A picture of which the header is read; the rest is decoded once it is known how much of it is wanted.
 
     Args:
@@ -282,7 +282,7 @@ def read_pixels(path: str | Path, content: bytes | None = None) -> tv_tensors.Im
         FileNotFoundError: If there is no such file.
         DataError: As `read_image`.
     """
-    return Picture(path, content).pixels()
+    return EncodedImage(path, content).pixels()
 
 
 # How a whole file of each format ends.

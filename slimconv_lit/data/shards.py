@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from slimconv_lit.data.files import DataError, Picture, inspect_image, some
+from slimconv_lit.data.files import DataError, EncodedImage, inspect_image, some
 
 MANIFEST = "manifest.json"
 _FORMAT = "slimconv_lit shards, version 1"
@@ -51,7 +51,7 @@ class Member(NamedTuple):
     bytes: int
 
 
-class ShardedImages(Dataset[tuple[Picture, int]]):
+class ShardedImages(Dataset[tuple[EncodedImage, int]]):
     """(image, label) of a split, in the order of the folder that it was made from.
 
     Args:
@@ -84,9 +84,9 @@ class ShardedImages(Dataset[tuple[Picture, int]]):
     def __len__(self) -> int:
         return len(self.targets)
 
-    def __getitem__(self, index: int) -> tuple[Picture, int]:
+    def __getitem__(self, index: int) -> tuple[EncodedImage, int]:
         path, content = self.read(index)
-        return Picture(path, content), self.targets[index]
+        return EncodedImage(path, content), self.targets[index]
 
     def read(self, index: int) -> tuple[Path, bytes]:
         """An image as it is stored: SHARD/CLASS/NAME, and the bytes of the file."""

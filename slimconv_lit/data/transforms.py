@@ -1,9 +1,9 @@
 """What happens to an image before the network sees it, in torchvision.transforms.v2 only.
 
-A transform is called as `transform(image, target)`, on a PIL image or a uint8 `tv_tensors.Image`, ImageNet's on a
-`Picture` too, and returns float32 (C, H, W), normalised, and the target. Evaluation transforms take an image of any
-size; on one that has the right size their resizing does nothing. A target that is a `tv_tensors.Mask` (H, W), uint8,
-goes the way of its image and becomes int64.
+A transform is called as `transform(image, target)`, on a PIL image or a uint8 `tv_tensors.Image`, ImageNet's on an
+`EncodedImage` too, and returns float32 (C, H, W), normalised, and the target. Evaluation transforms take an image of
+any size; on one that has the right size their resizing does nothing. A target that is a `tv_tensors.Mask` (H, W),
+uint8, goes the way of its image and becomes int64.
 """
 
 import math
@@ -17,7 +17,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as v2f
 
-from slimconv_lit.data.files import Picture
+from slimconv_lit.data.files import EncodedImage
 
 Stats = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and standard deviation of each channel, for pixels between 0 and 1."""
@@ -35,12 +35,12 @@ def finish(stats: Stats) -> list[v2.Transform]:
 
 
 class RandomPart(v2.RandomResizedCrop):
-    """v2.RandomResizedCrop, which draws the same of a `Picture` before that is decoded."""
+    """v2.RandomResizedCrop, which draws the same of a `EncodedImage` before that is decoded."""
 
     def forward(self, *inputs: Any) -> Any:
         """Takes (image, target)."""
         image, *rest = inputs
-        if not isinstance(image, Picture):
+        if not isinstance(image, EncodedImage):
             return super().forward(*inputs)
         # It asks for the size alone.
         part = self.make_params([torch.empty(image.height, image.width, device="meta")])
@@ -48,12 +48,12 @@ class RandomPart(v2.RandomResizedCrop):
 
 
 class ShorterSide(v2.Resize):
-    """v2.Resize of the shorter side, which takes a `Picture` too."""
+    """v2.Resize of the shorter side, which takes a `EncodedImage` too."""
 
     def forward(self, *inputs: Any) -> Any:
         """Takes (image, target)."""
         image, *rest = inputs
-        if not isinstance(image, Picture):
+        if not isinstance(image, EncodedImage):
             return super().forward(*inputs)
         height, width = image.height, image.width
         size = [int(self.size[0] * side / min(height, width)) for side in (height, width)]

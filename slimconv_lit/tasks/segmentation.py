@@ -19,8 +19,8 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 from slimconv_lit.backbones import create_backbone
 from slimconv_lit.backbones.weights import load_backbone_weights
 from slimconv_lit.heads import DeepLabV3Plus
+from slimconv_lit.lookup import closest
 from slimconv_lit.ops import resolve_operator
-from slimconv_lit.ops.base import closest
 from slimconv_lit.tasks.base import BaseTask, Picture
 from slimconv_lit.tasks.segmentation_metrics import mean_iou, pixel_accuracy
 

@@ -19,7 +19,7 @@ from slimconv_lit.data import (
     VOC2012AugDataModule,
 )
 from slimconv_lit.data.detection import DetectionDataModule
-from slimconv_lit.data.files import DataError, Picture
+from slimconv_lit.data.files import DataError, EncodedImage
 
 PLAIN = (bool, int, float, str, list, type(None))
 
@@ -155,7 +155,7 @@ def test_held_out_and_test_images_are_not_trained_on(make):
         if hasattr(dataset, "images"):
             return [image.numpy().tobytes() for image in dataset.images]
         images = [dataset.source[i][0] for i in range(len(dataset))]
-        return [np.asarray(im.pixels() if isinstance(im, Picture) else im).tobytes() for im in images]
+        return [np.asarray(im.pixels() if isinstance(im, EncodedImage) else im).tobytes() for im in images]
 
     splits = {split: stored(split) for split in ("train", "val", "test")}
     for images in splits.values():

@@ -10,7 +10,7 @@ from sklearn.datasets import load_sample_image
 from torchvision.transforms import v2
 
 from slimconv_lit.data import ImageNetDataModule
-from slimconv_lit.data.files import DataError, Picture, read_pixels
+from slimconv_lit.data.files import DataError, EncodedImage, read_pixels
 from slimconv_lit.data.transforms import IMAGENET_STATS, imagenet_eval, imagenet_train
 
 PHOTO = Image.fromarray(load_sample_image("china.jpg"))
@@ -32,7 +32,7 @@ def levels(transform, image, seed):
 
 def apart(split, content, seed):
     transform = imagenet_train(64) if split == "train" else imagenet_eval(64)
-    ours, drawn = levels(transform, Picture("photo.jpg", content), seed)
+    ours, drawn = levels(transform, EncodedImage("photo.jpg", content), seed)
     whole, drawn_then = levels(transform, read_pixels("photo.jpg", content), seed)
     assert ours.shape == (3, 64, 64)
     assert drawn == drawn_then
@@ -67,7 +67,7 @@ def test_where_a_part_lies_to_a_fraction_of_a_pixel(shrink):
     file = io.BytesIO()
     Image.fromarray(ramp).save(file, "JPEG", quality=100, subsampling=0)
     left, size = 301, (30, 100)
-    columns = Picture("ramp.jpg", file.getvalue()).part(5, left, 280, shrink * 101, size).float().mean((0, 1))
+    columns = EncodedImage("ramp.jpg", file.getvalue()).part(5, left, 280, shrink * 101, size).float().mean((0, 1))
     places = left + (torch.arange(100) + 0.5) * shrink * 1.01 - 0.5
     # One grey level is five pixels here, and half a pixel of the scaled picture a tenth of a level for each `shrink`.
     # Single columns are rounded, their mean is not.
@@ -84,7 +84,7 @@ def test_other_kinds_are_decoded_whole(mode, kind):
 
 
 def test_a_picture_can_be_asked_twice():
-    picture = Picture("photo.jpg", stored(640, 480))
+    picture = EncodedImage("photo.jpg", stored(640, 480))
     first = picture.part(0, 0, 480, 640, (48, 64))
     assert torch.equal(picture.part(0, 0, 480, 640, (48, 64)), first)
     assert picture.pixels().shape == (3, 480, 640)
@@ -95,7 +95,7 @@ def test_the_training_pipeline_against_torchvision_on_pil_images():
     content = stored(1000, 750)
     transform = imagenet_train(64)
     for seed in range(4):
-        ours, _ = levels(transform, Picture("photo.jpg", content), seed)
+        ours, _ = levels(transform, EncodedImage("photo.jpg", content), seed)
         torch.manual_seed(seed)
         pil = v2.Compose([v2.RandomResizedCrop(64), v2.RandomHorizontalFlip(), v2.ToImage()])(
             Image.open(io.BytesIO(content))
