@@ -24,6 +24,9 @@ TOOL_VERBS = {
     "paper": "rebuild the networks of the papers' tables and compare the counts",
 }
 
+# Those whose `--config` and `--ckpt_path` can be looked for before seconds are spent on imports.
+_NAMING_FILES = {*LIGHTNING_VERBS, "compare", "prune", "explain", "export"}
+
 USAGE = "\n".join(
     [
         "usage: python -m slimconv_lit VERB [options]; `VERB --help` lists the options of one",
@@ -58,6 +61,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if nothing := next((word for word in rest if word.endswith("=--")), None):
         print(f"error: {nothing}: '--' is no value", file=sys.stderr)
         return 2
+    if verb in _NAMING_FILES and not {"-h", "--help"} & set(rest):
+        from slimconv_lit.lookup import check_files
+
+        try:
+            check_files(rest)
+        except FileNotFoundError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
     return _run(verb, rest)
 
 

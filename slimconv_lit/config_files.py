@@ -17,28 +17,11 @@ import yaml  # type: ignore[import-untyped]
 from jsonargparse import get_loader
 
 from slimconv_lit.checkpoint_files import read_checkpoint
-from slimconv_lit.ops.base import closest
+from slimconv_lit.lookup import find_checkpoint, find_config
 
 Config: TypeAlias = dict[str, Any]
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-"""The checkout's own configurations."""
-
 PARTS = ("data", "model", "trainer")
-
-
-def find_config(name: str) -> Path:
-    """The file called `name`: as a path from the current folder, else among the checkout's configs.
-
-    Raises:
-        FileNotFoundError: If neither exists; the message gives the nearest names.
-    """
-    for path in (Path(name), CONFIGS / name, CONFIGS / f"{name}.yaml"):
-        # It says no where pathlib raises an error: to a name that is too long, say.
-        if os.path.isfile(path):
-            return path
-    known = {path.name for folder in (Path(), CONFIGS) for path in folder.glob("*.yaml")}
-    raise FileNotFoundError(f"--config: there is no {name!r}; {closest(name, known)}")
 
 
 # Far more than a configuration needs, and less than what fills the memory or, nested, the stack of libyaml.
@@ -170,28 +153,6 @@ def recipe_of(checkpoint: Path) -> Config:
     carried = checkpoint_config(checkpoint)
     recipe = checkpoint.parent.parent / "config.yaml"
     return merge(load_config(recipe), carried) if recipe.is_file() else carried
-
-
-def find_checkpoint(which: str, root: Path, name: str = "*") -> Path:
-    """The checkpoint file `which`, or the "last" or "best" one of the newest run that has it.
-
-    Args:
-        which: A path, "last" or "best".
-        root: The folder of all runs.
-        name: The name of the runs to look at; "*" for all.
-
-    Raises:
-        FileNotFoundError: If there is none.
-    """
-    if which not in ("last", "best"):
-        if not os.path.isfile(which):
-            raise FileNotFoundError(f"--ckpt_path: there is no file {which!r}; a file, `last` or `best` would do")
-        return Path(which)
-    # Names of run folders are dates, so the newest sorts last.
-    runs = sorted(root.glob(f"{name}/*/checkpoints/{which}.ckpt"), key=lambda path: path.parent.parent.name)
-    if not runs:
-        raise FileNotFoundError(f"--ckpt_path {which}: there is no {root / name}/*/checkpoints/{which}.ckpt")
-    return runs[-1]
 
 
 def compose(verb: str, argv: Sequence[str]) -> list[str]:

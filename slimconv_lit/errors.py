@@ -10,7 +10,8 @@ from pytorch_lightning.cli import LightningArgumentParser
 from pytorch_lightning.loggers import Logger
 
 from slimconv_lit.data import BaseDataModule
-from slimconv_lit.ops.base import Operator, closest
+from slimconv_lit.lookup import closest
+from slimconv_lit.ops.base import Operator
 from slimconv_lit.tasks import BaseTask
 from slimconv_lit.usage import RaisingParser
 
@@ -30,9 +31,58 @@ _ROOTS: dict[str, type] = {
     "callbacks": Callback,
     "logger": Logger,
 }
+# What others call it, where the spelling does not lead to our name; without "_".
+_SYNONYMS = {
+    "learningrate": "lr",
+    "stepsize": "lr",
+    "l2": "weight_decay",
+    "wd": "weight_decay",
+    "lrscheduler": "schedule",
+    "scheduler": "schedule",
+    "warmup": "warmup_epochs",
+    "epochs": "max_epochs",
+    "nepochs": "max_epochs",
+    "numepochs": "max_epochs",
+    "steps": "max_steps",
+    "iterations": "max_steps",
+    "gpu": "devices",
+    "gpus": "devices",
+    "ngpus": "devices",
+    "numgpus": "devices",
+    "device": "accelerator",
+    "amp": "precision",
+    "fp16": "precision",
+    "bf16": "precision",
+    "clip": "gradient_clip_val",
+    "clipgrad": "gradient_clip_val",
+    "accumulate": "accumulate_grad_batches",
+    "gradaccum": "accumulate_grad_batches",
+    "bs": "batch_size",
+    "jobs": "num_workers",
+    "workers": "num_workers",
+    "datadir": "root",
+    "datapath": "root",
+    "dataset": "data",
+    "resolution": "image_size",
+    "imgsize": "image_size",
+    "arch": "backbone",
+    "architecture": "backbone",
+    "encoder": "backbone",
+    "net": "backbone",
+    "network": "backbone",
+    "conv": "operator",
+    "checkpoint": "ckpt_path",
+    "resume": "ckpt_path",
+    "outdir": "run_root",
+    "output": "run_root",
+    "outputdir": "run_root",
+    "savedir": "run_root",
+    "experiment": "name",
+    "randomseed": "seed_everything",
+}
 # What jsonargparse 4 says. For nested values it repeats itself level by level, the innermost last.
 _KEY = re.compile(r'Parser key "([\w.]+)"')
-_BAD_KEY = re.compile(r"(?:Option|accept option|unrecognized arguments:) '?-*([\w.]+)")
+_BAD_KEY = re.compile(r"(?:Option|accept option|unrecognized arguments:) '?-*([\w.-]+)")
 _CLASS = re.compile(r"class_path[ =]'([\w.]+)'")
 _BAD_CLASS = re.compile(
     r"import path string: '?([\w.]+)|module '[\w.]+' has no attribute '(\w+)'|'([\w.]+)' to be a subclass of"
@@ -64,22 +114,30 @@ def _explain_key(key: str, part: str, named: Collection[str], options: Collectio
     typed = next((w.partition("=")[0] for w in argv if re.search(rf"^-.*\b{re.escape(key)}(=|$)", w)), key)
     full = typed.lstrip("-")
     head, _, tail = full.partition(".")
+    name = full.rpartition(".")[2]
+    meant = _SYNONYMS.get(re.sub("[-_]", "", name.lower()))
+    if meant and (places := _places(meant, options)):
+        return f"{typed!r} is not accepted; did you mean {' or '.join(map(repr, places))}?"
     tops = {option.partition(".")[0] for option in options}
     if head not in tops and (typed != key or tail):
         return f"{typed!r} is not accepted; {closest(head, tops)}"
-    name = full.rpartition(".")[2]
     root = _ROOTS.get((part or head).rpartition(".")[2])
     family = _family(root) if root else []
     if owners := [cls.__name__ for cls in family if name in _arguments(cls)]:
         return f"{typed!r} is not accepted here; it belongs to {' and '.join(owners)}, which must be named first"
-    others = [p for p in ("model", "data") if any(name in _arguments(cls) for cls in _family(_ROOTS[p]))]
-    if elsewhere := [f"--{p}.{name}" for p in others] + [f"--{o}" for o in options if o == f"trainer.{name}"]:
+    if elsewhere := _places(name, options):
         return f"{typed!r} is not accepted; did you mean {' or '.join(map(repr, elsewhere))}?"
     if not family:
         return f"{typed!r} is not accepted; {closest(full, [o for o in options if o.startswith(f'{head}.')])}"
     chosen = [cls for cls in family if cls.__name__ in named] or family
     hint = _near(name, {argument for cls in chosen for argument in _arguments(cls)})
     return f"{typed!r} is not accepted; {hint or '`--help` lists what is'}"
+
+
+def _places(name: str, options: Collection[str]) -> list[str]:
+    """The options that end with `name`."""
+    parts = [p for p in ("model", "data") if any(name in _arguments(cls) for cls in _family(_ROOTS[p]))]
+    return [f"--{p}.{name}" for p in parts] + [f"--{o}" for o in options if o in (name, f"trainer.{name}")]
 
 
 def _near(name: str, known: Collection[str]) -> str:

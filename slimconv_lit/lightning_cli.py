@@ -189,8 +189,7 @@ class SlimCLI(LightningCLI):
         except (ValueError, MisconfigurationException) as error:
             if os.environ.get("JSONARGPARSE_DEBUG"):
                 raise
-            hint = "\n(JSONARGPARSE_DEBUG=true shows where it was raised)"
-            raise UsageError(explain(str(error).partition("Given value")[0]) + hint) from error
+            raise UsageError(explain(str(error).partition("Given value")[0])) from error
         if path := self.config[self.verb].get("ckpt_path"):
             self._take_shape(path)
         if self.trainer is not None:
@@ -321,6 +320,12 @@ class SlimCLI(LightningCLI):
         """Predicts; a callback writes each batch, so none is kept in memory."""
         self.trainer.predict(**kwargs | {"return_predictions": False})
 
+    def validate(self, **kwargs: Any) -> None:
+        """Validates; below Lightning's own table stands what it is of, if that is not all."""
+        self.trainer.validate(**kwargs)
+        if (limited := self.limited) and self.trainer.is_global_zero:
+            print(_partial(limited))
+
     def test(self, **kwargs: Any) -> None:
         """Tests, prints the same table as a fit, and writes results.json."""
         self._report(self.trainer.test(**kwargs | {"verbose": False}))
@@ -339,17 +344,33 @@ class SlimCLI(LightningCLI):
         """What the network has and takes: params and macs."""
         return {"params": params(self.model.model), "macs": macs(*self.model.counted(self.datamodule.input_size))}
 
+    @property
+    def limited(self) -> str:
+        """The limits by which less than all of the data took part: "limit_train_batches=2", or nothing."""
+        found = []
+        for stage in ("train", "val", "test") if self.verb == "fit" else (self.verb.removesuffix("idate"),):
+            limit = getattr(self.trainer, name := f"limit_{stage}_batches")
+            # 1.0 is all of them, and 1 is one batch.
+            if not (isinstance(limit, float) and limit == 1):
+                loaders = getattr(self.datamodule, f"{stage}_dataloader")()
+                sizes = [len(loader) for loader in (loaders if isinstance(loaders, list) else [loaders])]
+                if isinstance(limit, float) or limit < max(sizes):
+                    found.append(f"{name}={limit}")
+        return ", ".join(found)
+
     def _report(self, tested: Sequence[Mapping[str, float]], **more: float) -> None:
+        limited = self.limited
         self.results = {
             "network": describe_network(self.model.hparams),
             **{key: value for of_loader in tested for key, value in of_loader.items()},
             **self.costs,
             **more,
+            **({"limited": limited} if limited else {}),
         }
         if self.trainer.is_global_zero:
             if self.run_folder:
                 (self.run_folder.path / "results.json").write_text(json.dumps(self.results, indent=2) + "\n")
-            print(f"\n{format_table([summary(self.results, self.model.monitor)])}\n")
+            print(f"\n{results_table([self.results], self.model.monitor)}\n")
 
 
 class _Built(SlimCLI):
@@ -441,6 +462,19 @@ def summary(results: Mapping[str, Any], monitor: str) -> dict[str, Any]:
     score = f"test/{monitor.partition('/')[2]}"
     kept = {key: value for key, value in results.items() if key == score or not key.startswith("test/")}
     return {(f"{k} %" if k == score else k): (round(100 * v, 2) if k == score else v) for k, v in kept.items()}
+
+
+def results_table(rows: Sequence[Mapping[str, Any]], monitor: str) -> str:
+    """Results for a terminal. Those of limited batches have a star, which a line below the table explains."""
+    shown = [summary(row, monitor) for row in rows]
+    limits = [row.pop("limited", "") for row in shown]
+    for row, limit in zip(shown, limits, strict=True):
+        row["network"] += " *" * bool(limit)
+    return "\n".join([format_table(shown), *(f"* {_partial(limit)}" for limit in dict.fromkeys(limits) if limit)])
+
+
+def _partial(limited: str) -> str:
+    return f"of a part of the data only: {limited}"
 
 
 def run(verb: str, argv: Sequence[str]) -> SlimCLI:

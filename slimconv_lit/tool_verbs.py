@@ -34,10 +34,10 @@ def profile(
 
 
 def models(pattern: str | None = None, format: TableStyle = "table") -> str:
-    """Lists the networks that a config can name, with what they cost.
+    """Lists the networks that a config can name; those that match a pattern with what they cost.
 
     Args:
-        pattern: Such as 'cifar_*' or 'timm:resnet*'.
+        pattern: Such as 'cifar_*', 'timm:resnet*', or '*' for all but timm's, which takes a minute.
         format: table, csv, json or md.
     """
     return models_table(pattern, format)

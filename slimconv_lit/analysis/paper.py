@@ -22,7 +22,7 @@ from slimconv_lit.analysis import conventions
 from slimconv_lit.analysis.complexity import params
 from slimconv_lit.backbones import create_backbone
 from slimconv_lit.backbones.stages import WithoutWeights
-from slimconv_lit.ops.base import closest
+from slimconv_lit.lookup import closest
 from slimconv_lit.tables import TableStyle, format_table
 
 Source = Literal["slimconv", "scconv", "slimming"]

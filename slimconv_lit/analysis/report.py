@@ -1,5 +1,6 @@
 """The tables behind the command line's `models` and `profile`; both build networks without weights, so in no time."""
 
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +20,8 @@ def models_rows(pattern: str | None = None) -> list[dict[str, object]]:
     A progress bar appears on a terminal's stderr when it takes more than a second.
 
     Args:
-        pattern: As in `list_backbones`; None for our own and torchvision's.
+        pattern: As in `list_backbones`; None for our own and torchvision's, which are not counted then: that takes a
+            minute, and "*" does it.
 
     Raises:
         ValueError: If no backbone matches; the message gives the nearest names.
@@ -30,22 +32,30 @@ def models_rows(pattern: str | None = None) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for name in tqdm(names, desc="counting", unit=" networks", leave=False, delay=1, disable=None):
         size, classes = made_for(name)
-        model = create_backbone(name, num_classes=classes, without_weights=True)
-        counts = {"params": params(model), "macs": conventions.macs(conventions.operations(model, size))}
+        counts = {}
+        if pattern is not None:
+            model = create_backbone(name, num_classes=classes, without_weights=True)
+            counts = {"params": params(model), "macs": conventions.macs(conventions.operations(model, size))}
         rows.append({"backbone": name, **counts, "image": f"{size}x{size}", "classes": classes})
     return rows
 
 
 def models_table(pattern: str | None = None, style: TableStyle = "table") -> str:
-    """`models_rows` as text; without a pattern the table for the terminal ends with a line on how to see timm's.
+    """`models_rows` as text; without a pattern the terminal gets the names alone, by library, and how to see more.
 
     Raises:
         ValueError: As `models_rows`, or if `style` is unknown.
     """
-    text = format_table(models_rows(pattern), style)
     if pattern is not None or style != "table":
-        return text
-    return f"{text}\n{len(list_backbones('timm:*')):,} more from timm: give a pattern, such as 'timm:resnet*'"
+        return format_table(models_rows(pattern), style)
+    names = list_backbones()
+    libraries = {"ours": [n for n in names if ":" not in n], "torchvision": [n for n in names if ":" in n]}
+    parts = [
+        f"{library}, {len(found)}:\n{textwrap.fill('  '.join(found), 116, initial_indent='  ', subsequent_indent='  ')}"
+        for library, found in libraries.items()
+    ]
+    parts.append(f"timm, {len(list_backbones('timm:*')):,}: give a pattern, such as 'timm:resnet*'")
+    return "\n\n".join([*parts, "a pattern counts those that match: python -m slimconv_lit models 'cifar_*'"])
 
 
 def profile_rows(

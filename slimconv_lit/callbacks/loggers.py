@@ -12,7 +12,7 @@ from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 from pytorch_lightning.utilities import rank_zero_warn
 
-from slimconv_lit.ops.base import closest
+from slimconv_lit.lookup import closest
 
 LOGGERS = ("csv", "tensorboard", "wandb")
 

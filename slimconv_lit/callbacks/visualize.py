@@ -42,8 +42,8 @@ def contact_sheet(pictures: Sequence[Picture]) -> Figure:
     ratios = ratios.clip(0.1, 1.5 * max(0.1, float(np.median(ratios))))
     heights = [cell * float(ratios[i * columns : (i + 1) * columns].max()) for i in range(rows)]
     lines = 1 + max(picture.caption.count("\n") for picture in pictures)
-    legend = {name: colour for picture in pictures for name, colour in picture.legend.items()}
-    in_a_row = max(1, int(cell * columns / 1.3))
+    legend = {label: entry for picture in pictures for label, entry in picture.legend.items()}
+    in_a_row = max(1, min(len(legend), int(cell * columns / 1.3)))
     below = 0.2 * -(-len(legend) // in_a_row) + 0.1 * bool(legend)
     size = (cell * columns, sum(heights) + (0.15 * lines + 0.1) * rows + below)
     figure = Figure(figsize=size, layout="constrained", dpi=110)
@@ -55,8 +55,12 @@ def contact_sheet(pictures: Sequence[Picture]) -> Figure:
     for axes in figure.axes:
         axes.set_axis_off()
     if legend:
-        patches = [Patch(facecolor=colour, edgecolor="#888888", label=name) for name, colour in sorted(legend.items())]
-        figure.legend(handles=patches, loc="outside lower center", ncols=in_a_row, fontsize=8, frameon=False)
+        # In the order of the labels, as every other list of the classes.
+        entries = [legend[label] for label in sorted(legend)]
+        patches = [Patch(facecolor=colour, edgecolor="#888888", label=name) for name, colour in entries]
+        # Which goes on from column to column, where one reads from row to row.
+        by_rows = [patch for column in range(in_a_row) for patch in patches[column::in_a_row]]
+        figure.legend(handles=by_rows, loc="outside lower center", ncols=in_a_row, fontsize=8, frameon=False)
     return figure
 
 

@@ -22,7 +22,7 @@ from torchvision.models import ResNet18_Weights
 
 from slimconv_lit.data import samples
 from slimconv_lit.data.base import BaseDataModule, OnBadImage, Split, Transformed, hold_out
-from slimconv_lit.data.files import check_archive, read_pixels
+from slimconv_lit.data.files import EncodedImage, check_archive
 from slimconv_lit.data.shards import ShardedImages, is_sharded, read_manifest
 from slimconv_lit.data.transforms import IMAGENET_STATS, imagenet_eval, imagenet_train
 
@@ -204,7 +204,7 @@ class ImageNetDataModule(BaseDataModule):
                 f"{archive}. Name the folder that holds them with --data.root{hold}, or try a small sample with "
                 "--data.sample=true. ImageNet itself is to be had, with an account, at https://www.image-net.org"
             )
-        data = ImageFolder(folder, loader=read_pixels)
+        data = ImageFolder(folder, loader=EncodedImage)
         train = self._folder(root, "train")
         if train is not None and (differing := sorted(set(data.classes) ^ set(find_classes(train)[0]))):
             raise ValueError(

@@ -22,11 +22,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
-from torchvision import tv_tensors
 from torchvision.datasets import ImageFolder
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from slimconv_lit.data.files import DataError, inspect_image, read_pixels, some
+from slimconv_lit.data.files import DataError, EncodedImage, inspect_image, some
 
 MANIFEST = "manifest.json"
 _FORMAT = "slimconv_lit shards, version 1"
@@ -52,7 +51,7 @@ class Member(NamedTuple):
     bytes: int
 
 
-class ShardedImages(Dataset[tuple[tv_tensors.Image, int]]):
+class ShardedImages(Dataset[tuple[EncodedImage, int]]):
     """(image, label) of a split, in the order of the folder that it was made from.
 
     Args:
@@ -85,9 +84,9 @@ class ShardedImages(Dataset[tuple[tv_tensors.Image, int]]):
     def __len__(self) -> int:
         return len(self.targets)
 
-    def __getitem__(self, index: int) -> tuple[tv_tensors.Image, int]:
+    def __getitem__(self, index: int) -> tuple[EncodedImage, int]:
         path, content = self.read(index)
-        return read_pixels(path, content), self.targets[index]
+        return EncodedImage(path, content), self.targets[index]
 
     def read(self, index: int) -> tuple[Path, bytes]:
         """An image as it is stored: SHARD/CLASS/NAME, and the bytes of the file."""

@@ -1,9 +1,9 @@
 """What happens to an image before the network sees it, in torchvision.transforms.v2 only.
 
-A transform is called as `transform(image, target)`, on a PIL image or a uint8 `tv_tensors.Image`, and returns float32
-(C, H, W), normalised, and the target. Evaluation transforms take an image of any size; on one that has the right size
-their resizing does nothing. A target that is a `tv_tensors.Mask` (H, W), uint8, goes the way of its image and becomes
-int64.
+A transform is called as `transform(image, target)`, on a PIL image or a uint8 `tv_tensors.Image`, ImageNet's on an
+`EncodedImage` too, and returns float32 (C, H, W), normalised, and the target. Evaluation transforms take an image of
+any size; on one that has the right size their resizing does nothing. A target that is a `tv_tensors.Mask` (H, W),
+uint8, goes the way of its image and becomes int64.
 """
 
 import math
@@ -16,6 +16,8 @@ from torch.nn import functional
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as v2f
+
+from slimconv_lit.data.files import EncodedImage
 
 Stats = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and standard deviation of each channel, for pixels between 0 and 1."""
@@ -32,9 +34,35 @@ def finish(stats: Stats) -> list[v2.Transform]:
     return [v2.ToImage(), v2.ToDtype(types), v2.Normalize(mean, std, inplace=True), v2.ToPureTensor()]
 
 
+class RandomPart(v2.RandomResizedCrop):
+    """v2.RandomResizedCrop, which draws the same of a `EncodedImage` before that is decoded."""
+
+    def forward(self, *inputs: Any) -> Any:
+        """Takes (image, target)."""
+        image, *rest = inputs
+        if not isinstance(image, EncodedImage):
+            return super().forward(*inputs)
+        # It asks for the size alone.
+        part = self.make_params([torch.empty(image.height, image.width, device="meta")])
+        return image.part(**part, size=self.size), *rest
+
+
+class ShorterSide(v2.Resize):
+    """v2.Resize of the shorter side, which takes a `EncodedImage` too."""
+
+    def forward(self, *inputs: Any) -> Any:
+        """Takes (image, target)."""
+        image, *rest = inputs
+        if not isinstance(image, EncodedImage):
+            return super().forward(*inputs)
+        height, width = image.height, image.width
+        size = [int(self.size[0] * side / min(height, width)) for side in (height, width)]
+        return image.part(0, 0, height, width, size, reserve=2), *rest
+
+
 def resize_and_crop(size: int, shorter: int, stats: Stats) -> v2.Compose:
     """The shorter side to `shorter` pixels (bilinear, antialiased), then the `size` x `size` pixels in the centre."""
-    return v2.Compose([v2.Resize(shorter), v2.CenterCrop(size), *finish(stats)])
+    return v2.Compose([ShorterSide(shorter), v2.CenterCrop(size), *finish(stats)])
 
 
 def cifar100_train(trivial_augment: bool = False) -> v2.Compose:
@@ -59,7 +87,7 @@ def imagenet_train(size: int, trivial_augment: bool = False) -> v2.Compose:
     """
     extra = [v2.TrivialAugmentWide()] if trivial_augment else []
     return v2.Compose(
-        [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), *extra, *finish(IMAGENET_STATS)],
+        [RandomPart(size), v2.RandomHorizontalFlip(), *extra, *finish(IMAGENET_STATS)],
     )
 
 

@@ -9,9 +9,9 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from slimconv_lit.callbacks.run_folder import new_run_folder
-from slimconv_lit.config_files import find_config
 from slimconv_lit.experiments.report import report
-from slimconv_lit.lightning_cli import run, summary
+from slimconv_lit.lightning_cli import results_table, run
+from slimconv_lit.lookup import find_config
 from slimconv_lit.ops.slim_conv import folds_of
 from slimconv_lit.tables import format_table
 from slimconv_lit.usage import UsageError
@@ -88,7 +88,7 @@ def _train_and_compare(argv: Sequence[str]) -> Path:
     (folder / "comparison.csv").write_text(format_table(rows, "csv") + "\n")
     monitor = cli.model.monitor
     draw_curves({label: read_curves(path, monitor) for label, path in curves.items()}).savefig(folder / "curves.png")
-    print(f"\n{format_table([summary(row, monitor) for row in rows])}\n\nin {folder}: comparison.csv, curves.png")
+    print(f"\n{results_table(rows, monitor)}\n\nin {folder}: comparison.csv, curves.png")
     return folder
 
 

@@ -15,8 +15,8 @@ from slimconv_lit.analysis.gates import draw_gates, gate_activations
 from slimconv_lit.analysis.maps import draw_maps, maps_of
 from slimconv_lit.analysis.redundancy import draw_redundancy, redundancy, redundancy_rows, spatial_layers
 from slimconv_lit.lightning_cli import SlimCLI, open_checkpoint
+from slimconv_lit.lookup import closest
 from slimconv_lit.ops import SlimConv2d
-from slimconv_lit.ops.base import closest
 from slimconv_lit.tables import format_table
 from slimconv_lit.tasks import ClassificationTask
 from slimconv_lit.usage import UsageError

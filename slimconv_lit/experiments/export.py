@@ -22,7 +22,7 @@ from slimconv_lit.config_files import checkpoint_config
 from slimconv_lit.experiments import formats
 from slimconv_lit.experiments.formats import FORMATS, Format, Runner
 from slimconv_lit.lightning_cli import SlimCLI, describe_network, open_checkpoint
-from slimconv_lit.ops.base import closest
+from slimconv_lit.lookup import closest
 from slimconv_lit.tables import format_table
 from slimconv_lit.tasks import DetectionTask, SegmentationTask
 from slimconv_lit.usage import UsageError

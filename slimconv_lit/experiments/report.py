@@ -124,7 +124,8 @@ def read_run(path: Path, label: str) -> Run:
     try:
         config = read_yaml(path / "config.yaml", yaml.safe_load)
         results = json.loads((path / "results.json").read_text()) if (path / "results.json").is_file() else {}
-        if not all(isinstance(value, int | float) for key, value in dict(results).items() if key != "network"):
+        texts = ("network", "limited")
+        if not all(isinstance(value, int | float) for key, value in dict(results).items() if key not in texts):
             raise ValueError("results.json has something else than numbers beside the network")
         curves = _curves(path / "metrics.csv") if (path / "metrics.csv").is_file() else {}
     except (ValueError, TypeError, RecursionError) as error:
@@ -221,8 +222,10 @@ def _key(runs: Sequence[Run], run: Run) -> str:
 def _scores(runs: Sequence[Run], timed: Mapping[str, tuple[str, str]]) -> str:
     tests = list(dict.fromkeys(key for run in runs for key in run.results if key.startswith("test/")))
     rows = {"network": [run.results.get("network", "not tested") for run in runs]}
+    stars = ["*" * bool(run.results.get("limited")) for run in runs]
     for key in tests:
-        rows[key] = [f"{run.results[key]:.4f}" if key in run.results else "" for run in runs]
+        scores = [f"{run.results[key]:.4f}" if key in run.results else "" for run in runs]
+        rows[key] = [f"{score}{star}" for score, star in zip(scores, stars, strict=True)]
     for key in ("params", "macs"):
         first = runs[0].results.get(key)
         counts = [run.results.get(key) for run in runs]
@@ -233,6 +236,9 @@ def _scores(runs: Sequence[Run], timed: Mapping[str, tuple[str, str]]) -> str:
         rows["latency, ms"], rows["latency / first"] = [own for own, _ in times], [ratio for _, ratio in times]
     body = "".join(_row(name, cells) for name, cells in rows.items())
     note = "<p>In brackets: as a multiple of the first run's.</p>"
+    limits = [f"{run.label}: {run.results['limited']}" for run in runs if run.results.get("limited")]
+    if limits:
+        note += f"<p>* Of a part of the data only. {_t('; '.join(limits))}.</p>"
     return _table("", runs, body) + note
 
 

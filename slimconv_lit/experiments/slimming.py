@@ -23,10 +23,11 @@ from matplotlib.figure import Figure
 
 from slimconv_lit.analysis.complexity import macs, params
 from slimconv_lit.analysis.latency import interleaved, machine, ratios, spread
-from slimconv_lit.config_files import CONFIGS, Config, find_checkpoint, find_config, load_config, merge, recipe_of
+from slimconv_lit.config_files import Config, load_config, merge, recipe_of
 from slimconv_lit.errors import explain
 from slimconv_lit.experiments.report import open_task
 from slimconv_lit.lightning_cli import build_fit, open_checkpoint, run
+from slimconv_lit.lookup import CONFIGS, find_checkpoint, find_config
 from slimconv_lit.surgery import PruneReport, plans_of, prune
 from slimconv_lit.surgery.classes import Streams
 from slimconv_lit.tables import format_table
@@ -337,9 +338,10 @@ class _Loop:
 
 
 def _line(results: Mapping[str, Any]) -> Config:
-    """Of the test's scores the first, which is what checkpoints are chosen by, in percent, and the costs."""
+    """Of the test's scores the first, which is what checkpoints are chosen by, in percent, the costs, and limits."""
     score = next(key for key in results if key.startswith("test/") and key != "test/loss")
-    return {f"{score} %": round(100 * results[score], 2), "params": results["params"], "macs": results["macs"]}
+    kept = {key: results[key] for key in ("params", "macs", "limited") if key in results}
+    return {f"{score} %": round(100 * results[score], 2), **kept}
 
 
 def _save_pruned(trained: Path, task: Any, target: Path) -> None:

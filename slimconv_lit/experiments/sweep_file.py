@@ -14,8 +14,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import yaml  # type: ignore[import-untyped]
 
-from slimconv_lit.config_files import CONFIGS, read_yaml
-from slimconv_lit.ops.base import closest
+from slimconv_lit.config_files import read_yaml
+from slimconv_lit.lookup import CONFIGS, closest
 from slimconv_lit.trust import OPTION, asks_for_imports
 
 Point: TypeAlias = dict[str, Any]

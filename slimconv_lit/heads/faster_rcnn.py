@@ -27,8 +27,8 @@ from torchvision.ops.poolers import initLevelMapper
 from slimconv_lit.backbones import create_backbone
 from slimconv_lit.backbones.features import FeatureMaps
 from slimconv_lit.heads.norms import Freeze, Norm, freeze_backbone, use_group_norms
+from slimconv_lit.lookup import closest
 from slimconv_lit.ops import Operator, OperatorLike
-from slimconv_lit.ops.base import closest
 from slimconv_lit.surgery.trace import shadow_of
 
 Form = Literal["fpn", "c4"]

@@ -6,7 +6,7 @@ from torch import nn
 
 from slimconv_lit.backbones.features import FeatureMaps
 from slimconv_lit.backbones.stages import IMAGE, watch
-from slimconv_lit.ops.base import closest
+from slimconv_lit.lookup import closest
 
 Freeze = Literal["stem", "norms", "none"]
 Norm = Literal["batch", "group"]

@@ -6,15 +6,16 @@ after it belongs to the host. It writes `op.out_channels` channels, which may di
 
 from __future__ import annotations
 
-import difflib
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 from torch.nn import functional
+
+from slimconv_lit.lookup import closest
 
 Size: TypeAlias = int | tuple[int, int]
 """One number for both spatial axes, or one for each (height, width)."""
@@ -113,13 +114,6 @@ def norm_of_pooled(norm: nn.Module, x: Tensor) -> Tensor:
     if isinstance(norm, nn.BatchNorm2d) and norm.training and x.shape[0] == 1:
         return functional.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
     return norm(x)
-
-
-def closest(name: str, names: Iterable[str]) -> str:
-    """The end of an error message: the known names nearest to `name`, or all of them when none is near."""
-    known = sorted(names)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(repr(n) for n in near)}?" if near else f"known: {', '.join(known)}"
 
 
 def operator_classes() -> dict[str, type[Operator]]:

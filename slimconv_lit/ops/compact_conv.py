@@ -19,7 +19,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from slimconv_lit.ops.base import Operator, Size, closest, nearest_divisors, pair, reset_convolutions, same_padding
+from slimconv_lit.lookup import closest
+from slimconv_lit.ops.base import Operator, Size, nearest_divisors, pair, reset_convolutions, same_padding
 
 Join = Literal["max", "min", "mean", "sum", "difference", "product"]
 Layout = Literal["adjacent", "halves"]

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from slimconv_lit.lookup import closest
 from slimconv_lit.ops.base import (
     Operator,
     Size,
     check_keeps_size,
-    closest,
     fraction,
     nearest_divisors,
     pair,

@@ -21,10 +21,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from slimconv_lit.lookup import closest
 from slimconv_lit.ops.base import (
     Operator,
     Size,
-    closest,
     nearest_divisors,
     norm_of_pooled,
     pair,

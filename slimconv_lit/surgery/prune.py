@@ -19,8 +19,8 @@ import numpy as np
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
+from slimconv_lit.lookup import closest
 from slimconv_lit.ops import Operator
-from slimconv_lit.ops.base import closest
 from slimconv_lit.ops.slim_conv import ChannelGate
 from slimconv_lit.surgery.classes import Classes, Streams, class_sizes, find_classes, uses_of
 from slimconv_lit.surgery.flow import channel_flow

@@ -17,8 +17,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_iter, tree_map
 
+from slimconv_lit.lookup import closest
 from slimconv_lit.ops import Operator, OperatorFactory, OperatorLike, SlimConv2d, resolve_operator
-from slimconv_lit.ops.base import closest, pair, same_padding
+from slimconv_lit.ops.base import pair, same_padding
 from slimconv_lit.surgery.graph import ChannelGraph, NotPrivateError, Private
 from slimconv_lit.surgery.resize import Edits, ResizeError, Role, check_resize, host_forward, without_norm
 from slimconv_lit.surgery.trace import Inputs, NothingDrawn, example_inputs, quiet_pass, shadow_of, skip_norms, trace

@@ -37,13 +37,13 @@ class Picture(NamedTuple):
         image: (3, H, W), uint8, with whatever the task drew on it.
         caption: What is printed above it.
         correct: Whether the prediction is right; None where that is unknown.
-        legend: What its colours mean: {"dog": "#400080"}.
+        legend: What its colours mean, by label: {12: ("dog", "#400080")}.
     """
 
     image: Tensor
     caption: str
     correct: bool | None = None
-    legend: Mapping[str, str] = MappingProxyType({})
+    legend: Mapping[int, tuple[str, str]] = MappingProxyType({})
 
 
 class BatchMeans(Metric):

@@ -19,8 +19,8 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 from slimconv_lit.backbones import create_backbone
 from slimconv_lit.backbones.weights import load_backbone_weights
 from slimconv_lit.heads import DeepLabV3Plus
+from slimconv_lit.lookup import closest
 from slimconv_lit.ops import resolve_operator
-from slimconv_lit.ops.base import closest
 from slimconv_lit.tasks.base import BaseTask, Picture
 from slimconv_lit.tasks.segmentation_metrics import mean_iou, pixel_accuracy
 
@@ -248,7 +248,9 @@ class SegmentationTask(BaseTask):
             counts = multiclass_confusion_matrix(predicted, truth, classes, ignore_index=ignored, validate_args=False)
             caption = f"image, truth, prediction: mean IoU {mean_iou(counts):.2f}"
         shown = np.unique(torch.stack(maps).cpu().numpy()).tolist()
-        legend = {self.class_names[label]: self._hex(label) for label in shown if label < classes and label != ignored}
+        legend = {label: (self.class_names[label], self._hex(label)) for label in shown if label < classes}
+        if ignored in shown:
+            legend = {k: v for k, v in legend.items() if k != ignored} | {255: ("does not count", self._hex(255))}
         return Picture(joined, caption, legend=legend)
 
     def _hex(self, label: int) -> str:

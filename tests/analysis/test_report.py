@@ -1,9 +1,10 @@
 import json
+import re
 
 import pytest
 
 from slimconv_lit.analysis import macs, models_rows, models_table, params, profile_rows, profile_table
-from slimconv_lit.backbones import create_backbone
+from slimconv_lit.backbones import create_backbone, list_backbones
 from slimconv_lit.ops import SlimConv2d
 
 
@@ -23,10 +24,18 @@ def test_models_table():
     assert json.loads(models_table("cifar_resnet20", "json"))[0]["backbone"] == "cifar_resnet20"
 
 
-def test_without_a_pattern_the_last_line_says_how_to_see_timms(monkeypatch):
-    monkeypatch.setattr("slimconv_lit.analysis.report.models_rows", lambda pattern: [{"backbone": "x"}])
-    assert "give a pattern, such as 'timm:resnet*'" in models_table().split("\n")[-1]
-    assert models_table(style="csv") == "backbone\nx"
+def test_without_a_pattern_the_names_alone_are_listed(monkeypatch):
+    def build(*args, **options):
+        raise AssertionError("to build all takes a minute")
+
+    monkeypatch.setattr("slimconv_lit.analysis.report.create_backbone", build)
+    text = models_table()
+    assert set(list_backbones()) <= set(text.split())
+    assert all(len(line) <= 120 for line in text.split("\n"))
+    assert re.search(r"\ntimm, 1,\d{3}: give a pattern, such as 'timm:resnet\*'\n", text)
+    rows = json.loads(models_table(style="json"))
+    assert {"backbone": "cifar_resnet56", "image": "32x32", "classes": 100} in rows
+    assert len(rows) == len(list_backbones())
 
 
 def test_models_that_do_not_exist():

@@ -80,12 +80,17 @@ def test_a_sheet_of_very_different_pictures_keeps_its_proportions():
     assert 0.2 < height / width < 2
 
 
-def test_the_legends_of_all_pictures_are_one():
+def test_the_legends_of_all_pictures_are_one_in_the_order_of_the_labels():
     image = torch.zeros(3, 8, 8, dtype=torch.uint8)
-    legends = [{"dog": "#400080", "background": "#000000"}, {"cat": "#400000", "background": "#000000"}, {}]
+    named = {label: (name, f"#{label:06x}") for label, name in enumerate(["rest", "zebra", "dog", "cat"])}
+    legends = [{3: named[3], 0: named[0]}, {1: named[1], 2: named[2], 0: named[0]}, {}]
     figure = contact_sheet([Picture(image, "x", legend=legend) for legend in legends])
     (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == ["background", "cat", "dog"]
+    figure.draw_without_rendering()
+    boxes = {text.get_text(): text.get_window_extent() for text in legend.get_texts()}
+    # As they are read: row by row, from the left.
+    assert sorted(boxes, key=lambda name: (-boxes[name].y0, boxes[name].x0)) == ["rest", "zebra", "dog", "cat"]
+    assert len({round(box.y0) for box in boxes.values()}) == 2
     assert not contact_sheet([Picture(image, "x")]).legends
 
 

@@ -1,5 +1,8 @@
 """A mistake gets one short answer with the closest accepted name, and exit status 2."""
 
+import subprocess
+import sys
+
 import pytest
 
 from slimconv_lit.cli import main
@@ -34,6 +37,13 @@ MISTAKES = {
     "--trainer.accelerator=gpuu": "invalid accelerator name",
     "--logger=wndb": "did you mean 'wandb'",
     "--kernel=tritn": "did you mean 'triton'",
+    "--model.learning_rate=0.1": "'--model.learning_rate' is not accepted; did you mean '--model.lr'?",
+    "--learning-rate=0.1": "'--learning-rate' is not accepted; did you mean '--model.lr'?",
+    "--data.batchsize=4": "did you mean 'batch_size'",
+    "--trainer.epochs=3": "'--trainer.epochs' is not accepted; did you mean '--trainer.max_epochs'?",
+    "--gpus 2": "'--gpus' is not accepted; did you mean '--trainer.devices'?",
+    "--model.arch=resnet50": "did you mean '--model.backbone'?",
+    "--resume=x": "did you mean '--ckpt_path'?",
     "--ckpt_path=last": "--ckpt_path last: there is no",
     "--config=quikstart.yaml": "did you mean 'quickstart.yaml'",
 }
@@ -56,13 +66,20 @@ def test_mistakes_on_the_command_line(words, in_tmp, capsys):
         ("trainer:\n  max_epoch: 3", "'trainer.max_epoch' is not accepted; did you mean 'trainer.max_epochs'"),
         ("modle:\n  class_path: ClassificationTask", "did you mean 'model'"),
         ("model:\n  init_args:\n    lrr: 3", "'lrr' is not accepted; did you mean 'lr'"),
+        ("model:\n  init_args:\n    learning_rate: 3", "'learning_rate' is not accepted; did you mean '--model.lr'"),
+        (
+            "model:\n  init_args:\n    operator:\n      class_path: SlimConv2d\n      init_args:\n        k: 1.5",
+            "error: k=1.5: n = 3k/2 = 2.25 folds is not a whole number of at least 2; nearest: 4/3 (n=2) or 2 (n=3)\n",
+        ),
         ("model:\n  class_path: ClassificationTsk", "did you mean 'ClassificationTask'"),
     ],
 )
 def test_mistakes_in_a_file(text, answer, in_tmp, capsys):
     (in_tmp / "x.yaml").write_text(text)
     assert main(["fit", "--config", "quickstart.yaml", "--config", "x.yaml"]) == 2
-    assert answer in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert answer in said
+    assert "JSONARGPARSE" not in said
 
 
 def test_what_is_missing(capsys):
@@ -70,6 +87,25 @@ def test_what_is_missing(capsys):
     assert "--config" in capsys.readouterr().err
     assert main(["test"]) == 2
     assert "test needs --ckpt_path" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (
+            ["compare", "--k", "2", "--config", "quikstart.yaml"],
+            "--config: there is no 'quikstart.yaml'; did you mean 'quickst",
+        ),
+        (["fit", "-c", "nope.yaml"], "--config: there is no 'nope.yaml'; "),
+        (["test", "--ckpt_path=x/y.ckpt"], "--ckpt_path: there is no file 'x/y.ckpt'; a file, `last` or `best`"),
+    ],
+    ids=str,
+)
+def test_missing_files_are_told_before_torch_is_loaded(words, answer, in_tmp):
+    code = f"import sys; from slimconv_lit.cli import main; print(main({words}), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "2 False\n"
+    assert done.stderr.startswith(f"error: {answer}")
 
 
 @pytest.mark.parametrize("verb", ["models", "profile"])

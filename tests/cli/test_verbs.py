@@ -12,8 +12,8 @@ import yaml
 from PIL import Image
 
 from slimconv_lit.cli import main
-from slimconv_lit.config_files import CONFIGS
 from slimconv_lit.lightning_cli import run
+from slimconv_lit.lookup import CONFIGS
 from slimconv_lit.tasks import ClassificationTask
 
 SHORT = [
@@ -175,9 +175,24 @@ def test_a_picture_that_is_broken_is_named_in_one_line(workers, trained, in_tmp,
 def test_a_test_prints_and_keeps_what_a_fit_does(trained, in_tmp, capsys):
     cli = run("test", [f"--ckpt_path={trained / 'checkpoints' / 'best.ckpt'}", *SHORT])
     results = json.loads((cli.run_folder.path / "results.json").read_text())
-    assert results == {k: v for k, v in json.loads((trained / "results.json").read_text()).items() if k != "seconds"}
-    header = capsys.readouterr().out.partition("test/top1 %")
-    assert header[0].strip().startswith("network")
+    of_fit = json.loads((trained / "results.json").read_text())
+    # Two batches are few of the training images, and all of the others.
+    assert of_fit.pop("limited") == "limit_train_batches=2"
+    assert results == {k: v for k, v in of_fit.items() if k != "seconds"}
+    said = capsys.readouterr().out
+    assert said.partition("test/top1 %")[0].strip().startswith("network")
+    assert "*" not in said
+
+
+def test_what_is_measured_on_a_part_of_the_data_is_marked(trained, in_tmp, capsys):
+    words = [f"--ckpt_path={trained / 'checkpoints' / 'best.ckpt'}", *SHORT, "--data.eval_batch_size=64"]
+    cli = run("test", words)
+    assert json.loads((cli.run_folder.path / "results.json").read_text())["limited"] == "limit_test_batches=2"
+    said = capsys.readouterr().out
+    assert "cifar_resnet20 + SlimConv2d k=8/3 *  " in said
+    assert "\n* of a part of the data only: limit_test_batches=2\n" in said
+    run("validate", [*words, "--trainer.limit_val_batches=0.5"])
+    assert "of a part of the data only: limit_val_batches=0.5\n" in capsys.readouterr().out
 
 
 def test_resume_alone_goes_on_in_its_folder_with_its_own_settings(in_tmp):
@@ -253,7 +268,12 @@ def test_compare(in_tmp, capsys):
     assert float(plain["macs / plain"]) == 1
     assert float(slim[1]["macs / plain"]) < float(slim[0]["macs / plain"]) < 1
     assert (folder / "curves.png").stat().st_size > 10_000
-    assert "macs / plain" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "macs / plain" in said
+    table = said[said.rindex("network ") :]
+    assert table.count(" *") == 3
+    assert table.count("\n* of a part of the data only: limit_train_batches=2\n") == 1
+    assert plain["limited"] == slim[0]["limited"] != ""
     assert len(list(folder.glob("*/*/results.json"))) == 3
 
 

@@ -19,7 +19,7 @@ from slimconv_lit.data import (
     VOC2012AugDataModule,
 )
 from slimconv_lit.data.detection import DetectionDataModule
-from slimconv_lit.data.files import DataError
+from slimconv_lit.data.files import DataError, EncodedImage
 
 PLAIN = (bool, int, float, str, list, type(None))
 
@@ -154,7 +154,8 @@ def test_held_out_and_test_images_are_not_trained_on(make):
         dataset = data.dataset(split)
         if hasattr(dataset, "images"):
             return [image.numpy().tobytes() for image in dataset.images]
-        return [np.asarray(dataset.source[i][0]).tobytes() for i in range(len(dataset))]
+        images = [dataset.source[i][0] for i in range(len(dataset))]
+        return [np.asarray(im.pixels() if isinstance(im, EncodedImage) else im).tobytes() for im in images]
 
     splits = {split: stored(split) for split in ("train", "val", "test")}
     for images in splits.values():

@@ -6,8 +6,9 @@ import pytest
 import yaml
 
 from slimconv_lit.analysis.paper import entries
-from slimconv_lit.config_files import CONFIGS, load_config
+from slimconv_lit.config_files import load_config
 from slimconv_lit.lightning_cli import preview
+from slimconv_lit.lookup import CONFIGS
 
 # File, and the row of the paper that it trains.
 ROWS = {

@@ -115,6 +115,9 @@ def test_real_runs_from_the_command_line(in_tmp, capsys):
     assert "in out/page.html" in capsys.readouterr().out
     rows = {row[0]: row[1:] for row in Text((in_tmp / "out" / "page.html").read_text()).rows}
     assert rows["network"] == ["cifar_resnet20", "cifar_resnet20 + SlimConv2d k=1.333"]
+    text = (in_tmp / "out" / "page.html").read_text()
+    assert all(score.endswith("*") for score in rows["test/top1"]), "two batches are no training"
+    assert re.search(r"<p>\* Of a part of the data only\. plain/\S+: limit_train_batches=2; slim/\S+: limit_", text)
     assert rows["latency / first"][0] == "1 (1 to 1)"
     assert float(rows["latency, ms"][1].split()[0]) > 0
     assert rows["model.init_args.operator.class_path"] == ["not set", "slimconv_lit.SlimConv2d"]

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
-from slimconv_lit.config_files import CONFIGS
 from slimconv_lit.experiments.sweep_file import find_sweep, read_sweep
 from slimconv_lit.lightning_cli import preview
+from slimconv_lit.lookup import CONFIGS
 
 SWEEPS = sorted((CONFIGS / "sweeps").glob("*.yaml"))
 GOOD = {

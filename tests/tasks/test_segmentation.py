@@ -257,7 +257,7 @@ def test_pictures_show_image_truth_and_prediction(task):
     assert (picture.image[:, :, 12:16] == 255).all()
     assert (picture.image[:, :5, 32:] == picture.image[:, :5, 16:28]).all()
     assert "mean IoU 1.00" in picture.caption
-    assert picture.legend == {"0": "#000000", "2": "#008000"}
+    assert picture.legend == {0: ("0", "#000000"), 2: ("2", "#008000"), 255: ("does not count", "#e0e0c0")}
     (unknown,) = task.draw((images, ["a.jpg"]), truth % 5)
     assert unknown.image.shape == (3, 10, 2 * 12 + 4)
     assert unknown.caption == "a.jpg"
