@@ -124,6 +124,7 @@ def main():
     parser.add_argument("--minutes", type=float, default=7)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "gpu.json")
+    parser.set_defaults(slice=None)
     args = parser.parse_args()
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("torch sees no GPU here; how to try the script on a CPU is at its top")

@@ -1,6 +1,7 @@
 """Time and memory of a plain network against the same network after `slimify`, both given the same treatment.
 
     python benchmarks/slim_vs_plain.py resnet50 --k 4/3 8/3 --batch 1 16 --what eager fused compiled
+    python benchmarks/slim_vs_plain.py resnet50 --k 4/3 8/3 --batch 16 --slice 2 --what packaged
     python benchmarks/slim_vs_plain.py resnet50 --k 4/3 8/3 --batch 16 --what train train-compiled
 
 `gpu.py` asks for all of it on a GPU.
@@ -8,6 +9,7 @@
 eager           a forward pass in evaluation mode
 fused           the same behind `fuse`
 compiled        the same by torch.compile with freezing (needs a C++ compiler on CPUs)
+packaged        the same by AOTInductor with freezing: no Python between the layers
 train           forward and backward pass; besides the time, the bytes kept for backward, and the peak of memory with
                 the parameters but without an optimizer
 train-compiled  the same by torch.compile
@@ -22,6 +24,7 @@ import copy
 import itertools
 import json
 import statistics
+import tempfile
 from pathlib import Path
 
 import torch
@@ -35,17 +38,17 @@ from slimconv_lit.memory import keep_memory
 from slimconv_lit.ops.reconstruct import use_kernel
 from slimconv_lit.tables import format_table
 
-TREATMENTS = ("eager", "fused", "compiled", "train", "train-compiled")
+TREATMENTS = ("eager", "fused", "compiled", "packaged", "train", "train-compiled")
 
 
 def autocast(x, precision):
     return torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def treated(network, what, x, precision="float32", kernel="torch"):
-    """What is timed: a call without arguments."""
+def treated(network, what, x, precision="float32", kernel="torch", slice=None):
+    """What is timed: a call without arguments; forward passes take the batch in slices of that many images."""
     model = copy.deepcopy(network).train(what.startswith("train"))
-    if what in ("fused", "compiled"):
+    if what in ("fused", "compiled", "packaged"):
         # Compilers fold norms too, but leave gates convolutions. On the CPU: with TF32 it could not be proved right.
         fuse(model)
     run = model.to(x.device, memory_format=torch.channels_last)
@@ -65,12 +68,26 @@ def treated(network, what, x, precision="float32", kernel="torch"):
         # As an option of `torch.compile` it does nothing (2.15).
         torch._inductor.config.freezing = True
         run = torch.compile(model, dynamic=False)
+    parts = x.split(slice or len(x))
+    if what == "packaged":
+        run = packaged(model, parts[0])
 
     def forward():
         with torch.no_grad(), use_kernel(kernel), autocast(x, precision):
-            run(x)
+            for part in parts:
+                run(part)
 
     return model, forward
+
+
+def packaged(model, x):
+    # Here, for `gpu.py` runs where the command line's packages are not.
+    from slimconv_lit.experiments.formats import open_aoti, write_aoti
+
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        path = Path(folder, "network.pt2")
+        write_aoti(torch.export.export(model, (x,)), path, {})
+        return open_aoti(path)
 
 
 def kept_for_backward(model, x):
@@ -98,7 +115,7 @@ def compare(name, networks, what, batch, precision, args):
         tune_gpu(tf32=precision == "tf32")
     # (k, kernel) of what is compared with the plain network.
     pairs = [("plain", "torch"), *((k, kernel) for k in args.k for kernel in args.kernel)]
-    made = {pair: treated(networks[pair[0]], what, x, precision, pair[1]) for pair in pairs}
+    made = {pair: treated(networks[pair[0]], what, x, precision, pair[1], args.slice) for pair in pairs}
     times = interleaved({pair: run for pair, (_, run) in made.items()}, args.rounds, device=args.device)
     relative = ratios(times, pairs[0])
     counts = {label: macs(network, (3, args.size, args.size)) for label, network in networks.items()}
@@ -123,6 +140,7 @@ def compare(name, networks, what, batch, precision, args):
             "network": name,
             "what": what,
             "batch": batch,
+            "slice": min(batch, args.slice or batch),
             "k": k,
             "precision": precision,
             "kernel": kernel,
@@ -155,6 +173,7 @@ def main():
     parser.add_argument("--what", nargs="+", choices=TREATMENTS, default=["eager", "fused", "train"])
     parser.add_argument("--precision", nargs="+", choices=["float32", "tf32", "bf16"], default=["float32"])
     parser.add_argument("--kernel", nargs="+", choices=["torch", "triton"], default=["torch"], help="of Reconstruct")
+    parser.add_argument("--slice", type=int, help="images that a forward pass takes at a time (default: the batch)")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)

@@ -51,14 +51,20 @@ from slimconv_lit.tables import format_table
 from slimconv_lit.tasks import DetectionTask, SegmentationTask
 from slimconv_lit.usage import RaisingParser, UsageError
 
-Backend = Literal["eager", "compile", "onnxruntime", "openvino"]
+Backend = Literal["eager", "compile", "aoti", "onnxruntime", "openvino"]
 Precision = Literal["float32", "tf32", "bf16", "int8"]
 Layout = Literal["channels_last", "contiguous"]
 Head = Literal["classifier", "deeplab_v3plus", "faster_rcnn_fpn", "faster_rcnn_c4"]
 
-# Those that are no torch, by the format of the file that they run.
-_RUNTIMES = {"onnxruntime": "onnx", "openvino": "openvino"}
-_COLOURS = {"eager": "#2a78b8", "compile": "#d9822b", "onnxruntime": "#3a9d5d", "openvino": "#b8486c"}
+# Those that run a file, by its format.
+_RUNTIMES = {"aoti": "aoti", "onnxruntime": "onnx", "openvino": "openvino"}
+_COLOURS = {
+    "eager": "#2a78b8",
+    "compile": "#d9822b",
+    "aoti": "#7d5fb2",
+    "onnxruntime": "#3a9d5d",
+    "openvino": "#b8486c",
+}
 _MARKERS = "os^Dv<>P"
 # What SlimConv's tables have: Pascal VOC's classes, and a photo as its detector resizes it.
 _DENSE: dict[str, tuple[int, tuple[int, int]]] = {"deeplab_v3plus": (21, (513, 513)), "faster_rcnn": (20, (600, 800))}
@@ -196,6 +202,8 @@ def _refusal(setting: Setting, compared: Networks, train: bool, device: str) -> 
         return f"{backend} with {what}: it is for forward passes of classifiers and segmentation networks, on the CPU"
     if backend == "onnxruntime" and precision == "bf16":
         return "onnxruntime in bf16: it computes nothing in bfloat16 on a CPU"
+    if precision not in ("float32", "tf32") and backend == "aoti":
+        return f"aoti in {precision}: it is timed in float32 alone"
     if precision == "int8" and backend not in _RUNTIMES:
         return f"{backend} in int8: that is for onnxruntime and openvino"
     if precision == "tf32" and (device == "cpu" or backend in _RUNTIMES):
@@ -425,12 +433,14 @@ class _Benchmark:
         return images, torch.randint(classes, shape, device=device)
 
     def _runtime(self, label: str, setting: Setting) -> tuple[Callable[[], object], int | None]:
-        path = self._file(label, setting.precision)
         shape = (setting.batch, *self.compared.size)
         images = torch.randn(shape)
+        path = self._file(label, setting.precision) if setting.backend != "aoti" else self._package(label, images)
 
         def opened() -> formats.Runner:
-            if setting.backend == "onnxruntime":
+            if setting.backend == "aoti":
+                run = formats.open_aoti(path)
+            elif setting.backend == "onnxruntime":
                 run = formats.open_onnx(path)
             else:
                 run = formats.open_openvino(path, "bf16" if setting.precision == "bf16" else "f32", shape)
@@ -455,6 +465,14 @@ class _Benchmark:
                 formats.quantise(path, [images])
         return path
 
+    def _package(self, label: str, images: Tensor) -> Path:
+        """The network as compiled code for images of this shape, which is faster than code for any number of them."""
+        path = self.drafts / f"{list(self.networks).index(label)}.pt2"
+        network = deepcopy(self.networks[label]).to(memory_format=torch.channels_last)
+        with torch.no_grad():
+            formats.write_aoti(torch.export.export(network, (images,)), path, {})
+        return path
+
 
 def _held(network: nn.Module, optimizer: torch.optim.Optimizer | None) -> int:
     """Bytes of weights, buffers and the optimizer's state."""
@@ -471,7 +489,12 @@ def _write(
     about = machine(own.device)
     # The table has it, setting by setting.
     about.pop("threads")
-    about |= {name: version(name) for name in _RUNTIMES if any(setting.backend == name for setting in settings)}
+    about |= {
+        package: version(package)
+        for setting in settings
+        if setting.backend in _RUNTIMES
+        for package in FORMATS[_RUNTIMES[setting.backend]].packages
+    }
     what = "training step" if own.train else "forward pass"
     size = "x".join(map(str, compared.size))
     same = {key: value for key, value in vars(settings[0]).items() if len({getattr(s, key) for s in settings}) == 1}
