@@ -36,7 +36,7 @@ from slimconv_lit.cli import main as command_line
 from slimconv_lit.config_files import checkpoint_config
 from slimconv_lit.data import COCO2014DataModule, VOC2007DataModule
 from slimconv_lit.data.cifar100 import CIFARImages
-from slimconv_lit.data.files import DataError, inspect_image, read_image
+from slimconv_lit.data.files import DataError, EncodedImage, inspect_image, read_image
 from slimconv_lit.data.sbd import write_sbd_masks
 from slimconv_lit.experiments.sweep_file import read_sweep
 
@@ -121,7 +121,9 @@ def _cifar(content: bytes) -> object:
 def _image(content: bytes) -> object:
     path = Path("a.jpg")
     path.write_bytes(content)
-    return inspect_image(path), np.asarray(read_image(path))
+    image = EncodedImage(path)
+    part = image.part(0, 0, image.height, image.width, (8, 8))
+    return inspect_image(path), np.asarray(read_image(path)), part
 
 
 def _checkpoint(content: bytes) -> object:
