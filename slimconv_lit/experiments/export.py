@@ -23,6 +23,7 @@ from slimconv_lit.experiments import formats
 from slimconv_lit.experiments.formats import FORMATS, Format, Runner
 from slimconv_lit.lightning_cli import SlimCLI, describe_network, open_checkpoint
 from slimconv_lit.lookup import closest
+from slimconv_lit.surgery import fuse
 from slimconv_lit.tables import format_table
 from slimconv_lit.tasks import DetectionTask, SegmentationTask
 from slimconv_lit.usage import UsageError
@@ -197,16 +198,17 @@ class _Export:
         for path in draft.parent.iterdir():
             path.unlink()
         reference, narrow = self.network, self.own.precision != "float32"
+        traced = torch.randn(_traced(self.image, self.free_size))
+        network = self._fused(traced)
         if narrow and self.form.suffix == ".pt2":
-            reference = formats.Narrow(deepcopy(reference)).eval()
+            network = reference = formats.Narrow(network).eval()
         with tqdm(total=5 if narrow else 3, desc="tracing", unit="step", leave=False, disable=None) as bar:
 
             def step(then: str) -> None:
                 bar.update()
                 bar.set_description(then)
 
-            traced = torch.randn(_traced(self.image, self.free_size))
-            program = formats.trace(reference, traced, self.free_size)
+            program = formats.trace(network, traced, self.free_size)
             step("writing")
             if self.form.suffix == ".pt2":
                 write = formats.write_aoti if self.own.format == "aoti" else formats.write_program
@@ -231,6 +233,15 @@ class _Export:
                 path.unlink()
             step("checking")
             self._check(reference, self.form.open(draft), None if narrow else TOLERANCE)
+
+    def _fused(self, images: Tensor) -> nn.Module:
+        """The network behind `fuse`: exporters fold norms too, but leave gates convolutions, or fold nothing."""
+        network = deepcopy(self.network)
+        try:
+            fuse(network, images)
+        except ValueError as error:
+            print(f"norms and gates are left as they are: {_line(error)}")
+        return network
 
     def _calibration_images(self) -> Any:
         """The data set of the images that int8 is set by."""

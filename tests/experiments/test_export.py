@@ -1,8 +1,10 @@
 import json
+from copy import deepcopy
 
 import pytest
 import torch
 
+from slimconv_lit import create_backbone, fuse
 from slimconv_lit.cli import main
 from slimconv_lit.experiments import export as verb
 from slimconv_lit.experiments import formats
@@ -38,8 +40,6 @@ def exported(root, *words):
 def network_of(root):
     (path,) = (root / "runs" / "tiny").glob("*/checkpoints/last.ckpt")
     weights = torch.load(path, weights_only=True)["state_dict"]
-    from slimconv_lit import create_backbone
-
     network = create_backbone("timm:test_resnet", "SlimConv2d", 10, 1).eval()
     network.load_state_dict({key.removeprefix("model."): value for key, value in weights.items()})
     return network
@@ -104,6 +104,24 @@ def test_a_bfloat16_program_of_one_size(runs, monkeypatch):
     assert (found - expected).abs().max() < 0.05 * expected.abs().max()
     program = torch.export.load(target)
     assert {value.dtype for _, value in program.named_parameters()} == {torch.bfloat16}
+
+
+def test_compiled_code(tmp_path):
+    """With gates as sums, and in another number of images than it was compiled with."""
+    torch.manual_seed(0)
+    network = create_backbone("cifar_resnet20", "SlimConv2d", 10).eval()
+    expected = deepcopy(network).double()
+    fuse(network)
+    program = formats.trace(network, torch.randn(2, 3, 32, 32), free_size=False)
+    # No call of a library for what is a few hundred products.
+    assert [str(node.target) for node in program.graph.nodes].count("aten.linear.default") == 1
+    formats.write_aoti(program, tmp_path / "net.pt2", {})
+    run = formats.open_aoti(tmp_path / "net.pt2")
+    for count in (1, 3):
+        images = torch.randn(count, 3, 32, 32)
+        with torch.no_grad():
+            (found,), wanted = run(images), expected(images.double())
+        assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
 def test_a_detector_is_right_at_its_size_and_takes_no_other(tmp_path):
