@@ -11,11 +11,9 @@ import torch
 from jsonargparse.typing import PositiveInt
 from lightning_fabric.plugins import CheckpointIO
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning import Trainer
 from pytorch_lightning.accelerators import CUDAAccelerator
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint, ProgressBar, TQDMProgressBar
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
-from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
@@ -33,8 +31,8 @@ from slimconv_lit.callbacks import (
     SegmentationReport,
     Visualize,
 )
-from slimconv_lit.callbacks.checkpoints import DurableIO, RandomState, make_checkpoints
-from slimconv_lit.callbacks.loggers import make_loggers, tell
+from slimconv_lit.callbacks.checkpoints import DurableIO, RandomState, SameBatches, make_checkpoints
+from slimconv_lit.callbacks.loggers import Wandb, make_loggers
 from slimconv_lit.callbacks.run_folder import Lock, new_run_folder
 from slimconv_lit.checkpoint_files import read_checkpoint
 from slimconv_lit.config_files import Config, compose
@@ -43,6 +41,7 @@ from slimconv_lit.distributed import FSDP2, check_devices, launched
 from slimconv_lit.errors import Parser, explain
 from slimconv_lit.faults import RunError, explain_fault
 from slimconv_lit.memory import keep_memory
+from slimconv_lit.preemption import Trainer
 from slimconv_lit.quiet import quieten
 from slimconv_lit.tables import format_table
 from slimconv_lit.tasks import BaseTask
@@ -81,6 +80,7 @@ class SlimCLI(LightningCLI):
                 BaseTask,
                 BaseDataModule,
                 save_config_callback=None,
+                trainer_class=Trainer,
                 seed_everything_default=0,
                 parser_class=Parser,
                 subclass_mode_model=True,
@@ -93,10 +93,9 @@ class SlimCLI(LightningCLI):
                 print(f"in {self.run_folder.path}")
             raise
         finally:
-            # A W&B run that is left open would take in the next one of this process.
             for logger in self.trainer.loggers if getattr(self, "trainer", None) else ():
-                if isinstance(logger, WandbLogger):
-                    tell(logger, lambda: logger.experiment.finish())  # noqa: B023 (it is called here)
+                if isinstance(logger, Wandb):
+                    logger.finish()
             if self.lock:
                 self.lock.release()
 
@@ -262,7 +261,8 @@ class SlimCLI(LightningCLI):
         reports: list[Callback] = [Visualize(), *(report() for report in _REPORTS)]
         match self.verb:
             case "fit":
-                callbacks = [self.run_folder, RandomState(), FiniteLoss(own["on_bad_loss"]), LastValidation(), *reports]
+                callbacks = [self.run_folder, SameBatches(), RandomState(), FiniteLoss(own["on_bad_loss"])]
+                callbacks += [LastValidation(), *reports]
                 if checkpoint and own["trainer"]["enable_checkpointing"] is not False:
                     monitor = (self.model.monitor, self.model.monitor_mode)
                     callbacks += make_checkpoints(self.run_folder.path, *monitor, every=own["save_every"])

@@ -10,6 +10,7 @@ from weakref import WeakSet
 from lightning_fabric.loggers.logger import rank_zero_experiment
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
+from pytorch_lightning.loggers.logger import DummyExperiment
 from pytorch_lightning.utilities import rank_zero_warn
 
 from slimconv_lit.ops.base import closest
@@ -32,15 +33,49 @@ def tell(logger: Logger, send: Callable[[], Any]) -> None:
 
 
 def _forgive(logger: Logger) -> Logger:
-    """Has `tell` stand between Lightning and all that it sends to `logger` once a run has begun."""
+    """Has `tell` stand between Lightning and all that it sends to `logger`."""
 
     def guarded(method: Callable[..., Any]) -> Callable[..., None]:
         return lambda *args, **kwargs: tell(logger, lambda: method(*args, **kwargs))
 
-    for name in ("log_metrics", "log_image", "save", "after_save_checkpoint", "finalize"):
+    for name in ("log_hyperparams", "log_metrics", "log_image", "save", "after_save_checkpoint", "finalize"):
         if hasattr(logger, name):
             setattr(logger, name, guarded(getattr(logger, name)))
     return logger
+
+
+class Wandb(WandbLogger):
+    """W&B's run, which a training does without where W&B cannot begin it, or has lost it.
+
+    Args:
+        folder: Of the run.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        # W&B asks a server that it cannot reach for 90 s otherwise.
+        os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")
+        project = os.environ.get("WANDB_PROJECT", "slimconv_lit")
+        super().__init__(f"{folder.parent.name}/{folder.name}", save_dir=folder, project=project)
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """W&B's run, begun when it is first asked for; once that has failed, one that takes all and does nothing."""
+        if self._experiment is None:
+            tell(self, self._begin)
+        return DummyExperiment() if self in _failed else self._experiment
+
+    def _begin(self) -> None:
+        begun: Any = super().experiment
+        # W&B draws everything over its own step; validation is a matter of epochs.
+        begun.define_metric("epoch")
+        for part in ("val/*", "test/*"):
+            begun.define_metric(part, step_metric="epoch")
+
+    def finish(self) -> None:
+        """Ends W&B's run, if it has begun; one that is left open would take in the next one of this process."""
+        if self._experiment is not None:
+            tell(self, self._experiment.finish)
 
 
 class _Rows(ExperimentWriter):
@@ -110,7 +145,6 @@ def make_loggers(names: str, folder: Path) -> list[Logger]:
     if "tensorboard" in wanted:
         loggers.append(TensorBoardLogger(folder / "tensorboard", name="", version="", default_hp_metric=False))
     if "wandb" in wanted:
-        project = os.environ.get("WANDB_PROJECT", "slimconv_lit")
-        loggers.append(WandbLogger(f"{folder.parent.name}/{folder.name}", save_dir=folder, project=project))
+        loggers.append(Wandb(folder))
     # Last: callbacks that write pictures or histograms look at the first logger only.
     return [_forgive(logger) for logger in (*loggers, MetricsFile(folder))]
