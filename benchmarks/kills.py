@@ -38,7 +38,7 @@ from slimconv_lit.cli import main as command_line
 SAVE_EVERY = 20
 RUN = [
     "fit", "--config=quickstart.yaml", "--model.backbone=timm:test_resnet", "--model.ema_decay=0.99",
-    '--model.backbone_options={"drop_rate": 0.2}', "--model.mixup_alpha=0.2", "--data.batch_size=28",
+    '--model.backbone_options={"drop_rate": 0.2}', "--model.mixup_alpha=0.2",
     "--data.num_workers=2", f"--save_every={SAVE_EVERY}", "--trainer.max_epochs=2", "--trainer.limit_train_batches=30",
     "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu",
 ]  # fmt: skip
@@ -191,7 +191,7 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path)
     args, more = parser.parse_known_args(argv)
-    run = [*RUN, *more]
+    run = [*RUN, f"--data.batch_size={28 // args.processes}", *more]
     torch.set_num_threads(1)
     rng = random.Random(args.seed)
     kills = []

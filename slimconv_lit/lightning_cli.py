@@ -89,7 +89,7 @@ class SlimCLI(LightningCLI):
                 args=[verb, *args],
             )
         except BaseException:
-            if self.run_folder and not self.run_folder.discard_if_empty():
+            if self.run_folder and not self.run_folder.discard_if_empty() and not rank_zero_only.rank:  # type: ignore[attr-defined]
                 print(f"in {self.run_folder.path}")
             raise
         finally:
@@ -293,7 +293,8 @@ class SlimCLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except SIGTERMException:
-            if self.run_folder and (self.run_folder.path / "checkpoints" / "last.ckpt").exists():
+            saved = self.run_folder and (self.run_folder.path / "checkpoints" / "last.ckpt").exists()
+            if saved and self.trainer.is_global_zero:
                 print("told to end; `fit --ckpt_path last` goes on")
             raise SystemExit(TERMINATED) from None
         except (RuntimeError, MemoryError) as error:

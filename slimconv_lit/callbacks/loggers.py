@@ -3,6 +3,7 @@
 import csv
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -27,6 +28,11 @@ def tell(logger: Logger, send: Callable[[], Any]) -> None:
     try:
         send()
     except Exception as error:
+        _leave_out(logger, error)
+
+
+def _leave_out(logger: Logger, error: Exception) -> None:
+    if logger not in _failed:
         _failed.add(logger)
         name = type(logger).__name__
         rank_zero_warn(f"{name} has failed and is left out from here on; training goes on. {error!r}")
@@ -74,8 +80,18 @@ class Wandb(WandbLogger):
 
     def finish(self) -> None:
         """Ends W&B's run, if it has begun; one that is left open would take in the next one of this process."""
-        if self._experiment is not None:
-            tell(self, self._experiment.finish)
+        if self._experiment is None:
+            return
+        try:
+            self._experiment.finish()
+        except Exception as error:
+            _leave_out(self, error)
+            import wandb
+
+            # W&B's own process is gone. The next run would find what is left of it, and Python at its end as well.
+            wandb.run = None
+            with suppress(Exception, SystemExit):
+                wandb.teardown()
 
 
 class _Rows(ExperimentWriter):

@@ -15,6 +15,7 @@ from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torchmetrics import Metric
+from torchmetrics.utilities.distributed import gather_all_tensors
 
 from slimconv_lit.backbones.weights import load_weights
 from slimconv_lit.ops import OperatorFactory, OperatorLike, describe_operator
@@ -275,11 +276,10 @@ class BaseTask(pl.LightningModule):
 
         Also what each process has summed of an epoch that is not over yet.
         """
-        sums = {name: getattr(self.train_means, name) for name in ("totals", "images")}
-        gathered: Any = self.all_gather(sums)
-        # A process that is alone gets them as they are.
-        rows = {name: gathered[name].reshape(-1, *value.shape) for name, value in sums.items()}
-        checkpoint["train_means"] = {name: value.clone() for name, value in rows.items()}
+        for name in ("totals", "images"):
+            own = getattr(self.train_means, name)
+            of_each = gather_all_tensors(own) if self.trainer.world_size > 1 else [own]
+            checkpoint.setdefault("train_means", {})[name] = torch.stack(of_each)
         parts = {"model": self, "data": getattr(self.trainer, "datamodule", None)}
         classes = {part: type(value) for part, value in parts.items() if value is not None}
         checkpoint["class_paths"] = {part: f"{cls.__module__}.{cls.__qualname__}" for part, cls in classes.items()}

@@ -119,6 +119,20 @@ def test_a_fit_that_is_told_to_end_saves_and_says_so_by_its_status(hook, count, 
     assert_same(averaged, folder_of("quickstart"))
 
 
+def test_a_fit_that_is_told_to_end_within_a_step_makes_it_first(in_tmp, at):
+    # Of 6 batches in each of 2 epochs, four make the first step and two the second.
+    fit = ["fit", *DIGITS, "--trainer.accumulate_grad_batches=4", "--trainer.val_check_interval=2"]
+    assert main([*fit, "--name=whole"]) == 0
+    at("on_train_batch_start", 6, terminate)
+    assert main([*fit, "--name=told"]) == TERMINATED
+    saved = torch.load(folder_of("told") / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 3
+    assert saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["completed"] == 4
+    at("on_train_batch_start", -1, terminate)
+    assert main([*fit, "--name=told", "--ckpt_path=last"]) == 0
+    assert_same(folder_of("whole"), folder_of("told"))
+
+
 @pytest.fixture(scope="module")
 def averaged(tmp_path_factory):
     """The folder of a fit that was not broken off."""
