@@ -5,8 +5,8 @@
 The run has processes that load images, dropout, MixUp, a moving average of the weights and a last.ckpt every 20 steps.
 Each time a new one is started and, at a moment drawn evenly over its time of training, it and its processes get
 SIGKILL; then it goes on with `--ckpt_path last`, to its end. Compared are all weights, averages, momenta, schedules and
-random states of last.ckpt, metrics.csv and results.json (but for its seconds). With `--processes 2` a run is two of them
-(DDP on gloo), which all get SIGKILL with what has started them.
+random states of last.ckpt, metrics.csv and results.json (but for its seconds). With `--processes 2` a run is two of
+them (DDP on gloo), which all get SIGKILL with what has started them. With `--after 10` the moment is the end of step 10.
 
 The parent has imported everything and forks the runs, for an import takes longer than such a run.
 """
@@ -115,12 +115,12 @@ def whole(run, root, processes):
     return time.perf_counter() - first if first else 0.0
 
 
-def killed(run, root, processes, seconds):
-    """Whether a run was killed so many seconds after its first step, and did not end before."""
+def killed(run, root, processes, steps, seconds):
+    """Whether a run was killed so many seconds after so many steps, and did not end before."""
     pid = fork(run, root, processes)
-    while not steps_done():
+    while steps_done() < steps:
         if os.waitpid(pid, os.WNOHANG)[0]:
-            raise RuntimeError(f"a run ended before its first step: {(root / 'output.txt').read_text()[-2000:]}")
+            raise RuntimeError(f"a run ended before step {steps}: {(root / 'output.txt').read_text()[-2000:]}")
         time.sleep(0.001)
     time.sleep(seconds)
     if os.waitpid(pid, os.WNOHANG)[0]:
@@ -164,9 +164,9 @@ def same(a, b):
     return a == b
 
 
-def kill_once(run, name, root, processes, seconds, reference):
+def kill_once(run, name, root, processes, steps, seconds, reference):
     """One kill and one resumption; what came of it, or None if the run ended before."""
-    if not killed([*run, f"--name={name}"], root, processes, seconds):
+    if not killed([*run, f"--name={name}"], root, processes, steps, seconds):
         return None
     reached = steps_done()
     folder = only_folder(root, name)
@@ -188,6 +188,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--after", type=int, metavar="STEP")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path)
     args, more = parser.parse_known_args(argv)
@@ -200,13 +201,19 @@ def main(argv=None):
         seconds = whole([*run, "--name=reference"], root, args.processes)
         reference = contents(only_folder(root, "reference"))
         for attempt in count():
-            kill = kill_once(run, f"run-{attempt}", root, args.processes, rng.uniform(0, seconds), reference)
+            moment = (args.after, 0) if args.after else (1, rng.uniform(0, seconds))
+            kill = kill_once(run, f"run-{attempt}", root, args.processes, *moment, reference)
             if kill is None:
                 continue
             kills.append(kill)
             print(json.dumps(kill), flush=True)
             if args.output:
-                found = summary(kills) | {"processes": args.processes, "steps": reference["global_step"], "run": " ".join(run), "each": kills}
+                found = summary(kills) | {
+                    "processes": args.processes,
+                    "steps": reference["global_step"],
+                    "run": " ".join(run),
+                    "each": kills,
+                }
                 args.output.write_text(json.dumps(found, indent=1) + "\n")
             if len(kills) == args.kills:
                 break

@@ -230,7 +230,8 @@ class SlimCLI(LightningCLI):
         plugins = [plugin for plugin in plugins if plugin is not None]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(DurableIO())
-        return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
+        made: Trainer = super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
+        return made
 
     def _open_folder(self, own: Mapping[str, Any]) -> Path:
         """The folder of this run: that of the one that goes on, or a new one.

@@ -7,7 +7,7 @@ from pytorch_lightning.trainer.states import TrainerFn
 
 
 class Trainer(pl.Trainer):
-    """Lightning's, whose fits end on SIGTERM between two steps of the optimizer, on all devices between the same two."""
+    """Lightning's, whose fits end on SIGTERM between two steps of the optimizer, of all devices the same two."""
 
     _asking = False
 
@@ -37,7 +37,10 @@ class Trainer(pl.Trainer):
         Not within accumulated gradients: a checkpoint has none. And of several devices in a fit, none by itself: before
         each batch Lightning asks the first one for all.
         """
-        if self.state.fn == TrainerFn.FITTING:
-            if self.fit_loop.epoch_loop._should_accumulate() or (self.world_size > 1 and not self._asking):
-                return False
+        if self.state.fn == TrainerFn.FITTING and (self._within_a_step or (self.world_size > 1 and not self._asking)):
+            return False
         return super().received_sigterm
+
+    @property
+    def _within_a_step(self) -> bool:
+        return self.fit_loop.epoch_loop._should_accumulate()

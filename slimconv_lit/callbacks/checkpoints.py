@@ -176,17 +176,17 @@ class SameBatches(Callback):
         Raises:
             RunError: If images would come twice or not at all in this epoch; the message has the size that fits.
         """
-        data, before = getattr(trainer, "datamodule", None), checkpoint.get("datamodule_hyper_parameters", {})
+        data: Any = getattr(trainer, "datamodule", None)
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         done, devices = progress["current"]["completed"], len(checkpoint.get("random_states", []))
-        if trainer.state.fn != "fit" or not done or progress["is_last_batch"] or not devices or "batch_size" not in before:
+        each = checkpoint.get("datamodule_hyper_parameters", {}).get("batch_size")
+        if trainer.state.fn != "fit" or progress["is_last_batch"] or not (done and devices and each):
             return
-        size = devices * before["batch_size"]
-        if size != trainer.world_size * data.batch_size:
+        if devices * each != trainer.world_size * data.batch_size:
             raise RunError(
-                f"{trainer.ckpt_path} has {done} batches of {size} images of an epoch behind it ({devices} devices with "
-                f"{before['batch_size']} each); with {trainer.world_size} x {data.batch_size} in a batch some would "
-                f"come twice or not at all. Go on with --data.batch_size={size / trainer.world_size:g}"
+                f"{trainer.ckpt_path} has {done} batches of {devices * each} images of an epoch behind it ({devices} "
+                f"devices with {each} each); with {trainer.world_size} x {data.batch_size} some images would come twice "
+                f"or not at all. Go on with --data.batch_size={devices * each / trainer.world_size:g}"
             )
 
 

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
-from lightning_fabric.loggers.logger import rank_zero_experiment
+from lightning_fabric.loggers.logger import _DummyExperiment, rank_zero_experiment
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
-from pytorch_lightning.loggers.logger import DummyExperiment
 from pytorch_lightning.utilities import rank_zero_warn
 
 from slimconv_lit.ops.base import closest
@@ -69,7 +68,7 @@ class Wandb(WandbLogger):
         """W&B's run, begun when it is first asked for; once that has failed, one that takes all and does nothing."""
         if self._experiment is None:
             tell(self, self._begin)
-        return DummyExperiment() if self in _failed else self._experiment
+        return _DummyExperiment() if self in _failed else self._experiment
 
     def _begin(self) -> None:
         begun: Any = super().experiment

@@ -222,9 +222,7 @@ def test_a_logger_that_fails(in_tmp, at_step, recwarn):
     at_step(3, harm)
     assert main(DIGITS) == 0
     (told,) = warnings_of_failed(recwarn)
-    assert told.startswith(
-        "MetricsFile has failed and is left out from here on; training goes on. IsADirectoryError"
-    )
+    assert told.startswith("MetricsFile has failed and is left out from here on; training goes on. IsADirectoryError")
 
 
 def warnings_of_failed(recwarn):

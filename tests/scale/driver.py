@@ -43,10 +43,7 @@ RECIPE = {
 }
 
 
-KILLED = {
-    "ddp": ["--logger=csv"],
-    "fsdp2": ["--logger=csv", "--config=trainer/fsdp.yaml", "--model.ema_decay=null"],
-}
+KILLED = {"ddp": [], "fsdp2": ["--config=trainer/fsdp.yaml", "--model.ema_decay=null"]}
 SMALL = {"pyramid_width": 16, "head_width": 32, "box_score_thresh": 0.0, "rpn_post_nms_top_n_test": 8}
 UNTRAINED = {
     "seg": (SegmentationTask("torchvision:resnet18", 21, head={"width": 16}), VOC2012AugDataModule(num_workers=0)),
@@ -87,6 +84,13 @@ def tell_to_end(callback, trainer, module, batch, batch_idx):
         os.kill(os.getpid(), signal.SIGTERM)
 
 
+def fill_the_disk(callback, trainer, module):
+    """Has what is written of last.ckpt, before it is renamed, go to a device that is always full."""
+    if trainer.is_global_zero:
+        (callback.path / "checkpoints").mkdir()
+        (callback.path / "checkpoints" / "last.ckpt.partial").symlink_to("/dev/full")
+
+
 def all_runs():
     rng = np.random.default_rng(0)
     # Eleven images on four devices: one has fewer than the others, and with one image a batch also fewer batches.
@@ -111,7 +115,11 @@ def all_runs():
     launch("told", 1, *fit, "--data.batch_size=8", "--ckpt_path=last")
     for name, own in KILLED.items():
         print(name, flush=True)
-        assert kills.main(["--processes=2", "--kills=1", "--save_every=3", "--trainer.max_epochs=1", *own]) == 0, name
+        short = ["--save_every=3", "--trainer.max_epochs=1", "--test_after=false", "--logger=csv"]
+        assert kills.main(["--processes=2", "--kills=1", "--after=10", *short, *own]) == 0, name
+    RunFolder.on_train_start = fill_the_disk
+    launch("unwritten", 2, fit[0], *sharded, *fit[1:], "--data.batch_size=4", status=2)
+    del RunFolder.on_train_start
     (checkpoint,) = Path("runs/one").glob("*/checkpoints/last.ckpt")
     predict = ["predict", "--data=photos", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
     for world in (1, 4):

@@ -90,8 +90,23 @@ def test_processes_that_are_told_to_end_stop_at_one_step_and_another_number_goes
 
 def test_killed_processes_go_on_as_if_they_never_were(runs):
     # The driver has compared weights, momenta, random states and metrics bit by bit: benchmarks/kills.py.
-    log = (runs / "driver.log").read_text()
-    assert log.count('"bit by bit as if never killed": 1') == 2
+    lines = (runs / "driver.log").read_text().splitlines()
+    each = [json.loads(line) for line in lines if line.startswith('{"steps done"')]
+    assert len(each) == 2
+    for kill in each:
+        # In the middle of an epoch of 30.
+        assert 9 <= kill["went on from"] <= kill["steps done"] < 30
+        assert not kill["differs"]
+
+
+def test_a_sharded_run_s_checkpoint_that_cannot_be_written_or_is_damaged_is_told(runs, in_tmp, capsys):
+    told = (runs / "unwritten.0.log").read_text()
+    assert "last.ckpt cannot be written: No space left on device" in told
+    assert "Traceback" not in told
+    checkpoint = in_tmp / "last.ckpt"
+    checkpoint.write_bytes((run_of(runs, "fsdp2") / "checkpoints" / "last.ckpt").read_bytes()[:-100])
+    assert main(["test", f"--ckpt_path={checkpoint}"]) == 2
+    assert f"error: {checkpoint} is truncated or damaged" in capsys.readouterr().err
 
 
 def test_a_sharded_run_s_checkpoint_is_whole_and_tested_by_one_process(runs, in_tmp):
