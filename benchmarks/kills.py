@@ -6,7 +6,7 @@ The run has processes that load images, dropout, MixUp, a moving average of the 
 Each time a new one is started and, at a moment drawn evenly over its time of training, it and its processes get
 SIGKILL; then it goes on with `--ckpt_path last`, to its end. Compared are all weights, averages, momenta, schedules and
 random states of last.ckpt, metrics.csv and results.json (but for its seconds). With `--processes 2` a run is two of
-them (DDP on gloo), which all get SIGKILL with what has started them. With `--after 10` the moment is the end of step 10.
+them (DDP on gloo), which all get SIGKILL with what has started them. `--after 10` kills at the end of step 10 instead.
 
 The parent has imported everything and forks the runs, for an import takes longer than such a run.
 """

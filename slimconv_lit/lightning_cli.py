@@ -11,6 +11,7 @@ import torch
 from jsonargparse.typing import PositiveInt
 from lightning_fabric.plugins import CheckpointIO
 from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning import Trainer
 from pytorch_lightning.accelerators import CUDAAccelerator
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint, ProgressBar, TQDMProgressBar
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -41,7 +42,7 @@ from slimconv_lit.distributed import FSDP2, check_devices, launched
 from slimconv_lit.errors import Parser, explain
 from slimconv_lit.faults import RunError, explain_fault
 from slimconv_lit.memory import keep_memory
-from slimconv_lit.preemption import Trainer
+from slimconv_lit.preemption import PreemptibleTrainer
 from slimconv_lit.quiet import quieten
 from slimconv_lit.tables import format_table
 from slimconv_lit.tasks import BaseTask
@@ -80,7 +81,7 @@ class SlimCLI(LightningCLI):
                 BaseTask,
                 BaseDataModule,
                 save_config_callback=None,
-                trainer_class=Trainer,
+                trainer_class=PreemptibleTrainer,
                 seed_everything_default=0,
                 parser_class=Parser,
                 subclass_mode_model=True,
@@ -230,8 +231,7 @@ class SlimCLI(LightningCLI):
         plugins = [plugin for plugin in plugins if plugin is not None]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(DurableIO())
-        made: Trainer = super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
-        return made
+        return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
 
     def _open_folder(self, own: Mapping[str, Any]) -> Path:
         """The folder of this run: that of the one that goes on, or a new one.

@@ -6,7 +6,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.trainer.states import TrainerFn
 
 
-class Trainer(pl.Trainer):
+class PreemptibleTrainer(pl.Trainer):
     """Lightning's, whose fits end on SIGTERM between two steps of the optimizer, of all devices the same two."""
 
     _asking = False

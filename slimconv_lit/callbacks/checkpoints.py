@@ -182,11 +182,13 @@ class SameBatches(Callback):
         each = checkpoint.get("datamodule_hyper_parameters", {}).get("batch_size")
         if trainer.state.fn != "fit" or progress["is_last_batch"] or not (done and devices and each):
             return
-        if devices * each != trainer.world_size * data.batch_size:
+        size, world = devices * each, trainer.world_size
+        if size != world * data.batch_size:
+            way_out = f"--data.batch_size={size // world}" if size % world == 0 else f"devices that divide {size}"
             raise RunError(
-                f"{trainer.ckpt_path} has {done} batches of {devices * each} images of an epoch behind it ({devices} "
-                f"devices with {each} each); with {trainer.world_size} x {data.batch_size} some images would come twice "
-                f"or not at all. Go on with --data.batch_size={devices * each / trainer.world_size:g}"
+                f"{trainer.ckpt_path} has {done} batches of {size} images of an epoch behind it ({devices} devices "
+                f"with {each} each); with {world} x {data.batch_size} some would come twice or not at all. "
+                f"Go on with {way_out}"
             )
 
 

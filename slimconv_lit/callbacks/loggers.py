@@ -31,10 +31,12 @@ def tell(logger: Logger, send: Callable[[], Any]) -> None:
 
 
 def _leave_out(logger: Logger, error: Exception) -> None:
-    if logger not in _failed:
-        _failed.add(logger)
-        name = type(logger).__name__
-        rank_zero_warn(f"{name} has failed and is left out from here on; training goes on. {error!r}")
+    if logger in _failed:
+        return
+    _failed.add(logger)
+    rank_zero_warn(f"{type(logger).__name__} has failed and is left out from here on; training goes on. {error!r}")
+    if isinstance(logger, Wandb):
+        logger.finish()
 
 
 def _forgive(logger: Logger) -> Logger:
@@ -79,18 +81,20 @@ class Wandb(WandbLogger):
 
     def finish(self) -> None:
         """Ends W&B's run, if it has begun; one that is left open would take in the next one of this process."""
-        if self._experiment is None:
+        run: Any = self._experiment
+        if run is None:
             return
         try:
-            self._experiment.finish()
+            run.finish()
         except Exception as error:
-            _leave_out(self, error)
             import wandb
 
-            # W&B's own process is gone. The next run would find what is left of it, and Python at its end as well.
-            wandb.run = None
+            # W&B's own process is gone. All that is printed would still be sent there, and so would the next run.
+            wandb.run = self._experiment = None
             with suppress(Exception, SystemExit):
+                run._console_stop()
                 wandb.teardown()
+            _leave_out(self, error)
 
 
 class _Rows(ExperimentWriter):

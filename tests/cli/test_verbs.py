@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 import yaml
+from pytorch_lightning.loggers import WandbLogger
 from PIL import Image
 
 from slimconv_lit.cli import main
@@ -217,7 +218,7 @@ def test_what_the_wandb_agent_types(in_tmp):
 
 def test_wandb_gets_the_nested_config_once(in_tmp):
     cli = run("fit", [*DIGITS, "--logger=wandb"])
-    (logger,) = (logger for logger in cli.trainer.loggers if type(logger).__name__ == "WandbLogger")
+    (logger,) = (logger for logger in cli.trainer.loggers if isinstance(logger, WandbLogger))
     config = dict(logger.experiment.config)
     assert config["model"]["init_args"]["num_classes"] == 10
     assert "lr" not in config

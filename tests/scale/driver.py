@@ -115,8 +115,9 @@ def all_runs():
     launch("told", 1, *fit, "--data.batch_size=8", "--ckpt_path=last")
     for name, own in KILLED.items():
         print(name, flush=True)
-        short = ["--save_every=3", "--trainer.max_epochs=1", "--test_after=false", "--logger=csv"]
-        assert kills.main(["--processes=2", "--kills=1", "--after=10", *short, *own]) == 0, name
+        short = ["--save_every=2", "--trainer.max_epochs=1", "--trainer.limit_train_batches=12", "--data.num_workers=1"]
+        short += ["--test_after=false", "--logger=csv"]
+        assert kills.main(["--processes=2", "--kills=1", "--after=7", *short, *own]) == 0, name
     RunFolder.on_train_start = fill_the_disk
     launch("unwritten", 2, fit[0], *sharded, *fit[1:], "--data.batch_size=4", status=2)
     del RunFolder.on_train_start
