@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 import yaml
-from pytorch_lightning.loggers import WandbLogger
 from PIL import Image
+from pytorch_lightning.loggers import WandbLogger
 
 from slimconv_lit.cli import main
 from slimconv_lit.config_files import CONFIGS
