@@ -59,6 +59,7 @@ def soak(steps):
         "--data.image_size=32", "--data.eval_size=32", "--data.batch_size=8", "--data.num_workers=1",
         "--model.operator=SlimConv2d", "--model.ema_decay=0.99", f"--trainer.max_steps={steps}",
         "--trainer.max_epochs=-1", "--trainer.enable_progress_bar=false", "--trainer.callbacks=__main__.Watch",
+        "--allow-import=__main__",
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         assert cli(["prepare", "--data.sample=true", "--data.root=images", "--output=shards"]) == 0

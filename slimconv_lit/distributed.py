@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytorch_lightning as pl
+import torch.distributed
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from pytorch_lightning.accelerators import CUDAAccelerator
@@ -91,6 +92,10 @@ class FSDP2(ModelParallelStrategy):
         for module in self._sharded():
             module.set_reshard_after_forward(False, recurse=False)
             module.unshard()
+        assert self.model is not None
+        for buffer in self.model.buffers():
+            # Each has the running statistics of its own images; those that are saved are the first one's.
+            torch.distributed.broadcast(buffer, 0)
 
     on_validation_start = on_test_start = on_predict_start = _gather
 

@@ -15,7 +15,6 @@ from pytorch_lightning import Trainer
 from pytorch_lightning.accelerators import CUDAAccelerator
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint, ProgressBar, TQDMProgressBar
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
-from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
@@ -33,8 +32,8 @@ from slimconv_lit.callbacks import (
     SegmentationReport,
     Visualize,
 )
-from slimconv_lit.callbacks.checkpoints import DurableIO, RandomState, make_checkpoints
-from slimconv_lit.callbacks.loggers import make_loggers, tell
+from slimconv_lit.callbacks.checkpoints import DurableIO, RandomState, SameBatches, make_checkpoints
+from slimconv_lit.callbacks.loggers import Wandb, make_loggers
 from slimconv_lit.callbacks.run_folder import Lock, new_run_folder
 from slimconv_lit.checkpoint_files import read_checkpoint
 from slimconv_lit.config_files import Config, compose
@@ -44,6 +43,7 @@ from slimconv_lit.errors import Parser, explain
 from slimconv_lit.faults import RunError, explain_fault
 from slimconv_lit.memory import keep_memory
 from slimconv_lit.ops.reconstruct import Kernel, use_kernel
+from slimconv_lit.preemption import PreemptibleTrainer
 from slimconv_lit.quiet import quieten
 from slimconv_lit.tables import format_table
 from slimconv_lit.tasks import BaseTask
@@ -82,6 +82,7 @@ class SlimCLI(LightningCLI):
                 BaseTask,
                 BaseDataModule,
                 save_config_callback=None,
+                trainer_class=PreemptibleTrainer,
                 seed_everything_default=0,
                 parser_class=Parser,
                 subclass_mode_model=True,
@@ -90,14 +91,13 @@ class SlimCLI(LightningCLI):
                 args=[verb, *args],
             )
         except BaseException:
-            if self.run_folder and not self.run_folder.discard_if_empty():
+            if self.run_folder and not self.run_folder.discard_if_empty() and not rank_zero_only.rank:  # type: ignore[attr-defined]
                 print(f"in {self.run_folder.path}")
             raise
         finally:
-            # A W&B run that is left open would take in the next one of this process.
             for logger in self.trainer.loggers if getattr(self, "trainer", None) else ():
-                if isinstance(logger, WandbLogger):
-                    tell(logger, lambda: logger.experiment.finish())  # noqa: B023 (it is called here)
+                if isinstance(logger, Wandb):
+                    logger.finish()
             if self.lock:
                 self.lock.release()
 
@@ -272,7 +272,8 @@ class SlimCLI(LightningCLI):
         reports: list[Callback] = [Visualize(), *(report() for report in _REPORTS)]
         match self.verb:
             case "fit":
-                callbacks = [self.run_folder, RandomState(), FiniteLoss(own["on_bad_loss"]), LastValidation(), *reports]
+                callbacks = [self.run_folder, SameBatches(), RandomState(), FiniteLoss(own["on_bad_loss"])]
+                callbacks += [LastValidation(), *reports]
                 if checkpoint and own["trainer"]["enable_checkpointing"] is not False:
                     monitor = (self.model.monitor, self.model.monitor_mode)
                     callbacks += make_checkpoints(self.run_folder.path, *monitor, every=own["save_every"])
@@ -303,7 +304,8 @@ class SlimCLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except SIGTERMException:
-            if self.run_folder and (self.run_folder.path / "checkpoints" / "last.ckpt").exists():
+            saved = self.run_folder and (self.run_folder.path / "checkpoints" / "last.ckpt").exists()
+            if saved and self.trainer.is_global_zero:
                 print("told to end; `fit --ckpt_path last` goes on")
             raise SystemExit(TERMINATED) from None
         except (RuntimeError, MemoryError) as error:

@@ -106,6 +106,7 @@ class LastCheckpoint(RunCheckpoint):
         super().__init__(folder, "last")
         self.every = every
         self._begun = 0
+        self._waits = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Counts the steps from where the run was resumed."""
@@ -120,14 +121,21 @@ class LastCheckpoint(RunCheckpoint):
         At the end of a step it would be too early: that is not logged then, nor validated where that is due.
         """
         since = trainer.global_step - max(self._begun, self._last_global_step_saved)
-        between_steps = batch_idx % trainer.accumulate_grad_batches != 0
-        if self.every is None or since < self.every or between_steps or batch_idx == 0:
+        due = self._waits or (self.every is not None and since >= self.every)
+        if not due or batch_idx % trainer.accumulate_grad_batches != 0 or batch_idx == 0:
             return
+        self._waits = False
         # This batch has been counted as begun. Without it, Lightning goes on as after the end of the one before.
         progress: Any = trainer.fit_loop.epoch_loop.batch_progress
         progress.total.ready, progress.current.ready = progress.total.ready - 1, progress.current.ready - 1
         self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
         progress.increment_ready()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Saves; within accumulated gradients, of which it would have none, only once they have made a step."""
+        self._waits = trainer.state.fn == "fit" and trainer.fit_loop.epoch_loop._should_accumulate()
+        if not self._waits:
+            super().on_validation_end(trainer, pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Saves when the process was told to end, which Lightning raises between two steps or in a validation."""
@@ -155,6 +163,33 @@ def make_checkpoints(
     """
     # Two, for `save_last=True` beside a monitor writes last.ckpt only when the best one changes.
     return [RunCheckpoint(folder, "best", monitor=monitor, mode=mode), LastCheckpoint(folder, every)]
+
+
+class SameBatches(Callback):
+    """Keeps a fit from going on in the middle of an epoch with batches of another size, on all devices together."""
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Compares.
+
+        Raises:
+            RunError: If images would come twice or not at all in this epoch; the message has the size that fits.
+        """
+        data: Any = getattr(trainer, "datamodule", None)
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        done, devices = progress["current"]["completed"], len(checkpoint.get("random_states", []))
+        each = checkpoint.get("datamodule_hyper_parameters", {}).get("batch_size")
+        if trainer.state.fn != "fit" or progress["is_last_batch"] or not (done and devices and each):
+            return
+        size, world = devices * each, trainer.world_size
+        if size != world * data.batch_size:
+            way_out = f"--data.batch_size={size // world}" if size % world == 0 else f"devices that divide {size}"
+            raise RunError(
+                f"{trainer.ckpt_path} has {done} batches of {size} images of an epoch behind it ({devices} devices "
+                f"with {each} each); with {world} x {data.batch_size} some would come twice or not at all. "
+                f"Go on with {way_out}"
+            )
 
 
 class RandomState(Callback):

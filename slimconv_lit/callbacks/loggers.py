@@ -3,11 +3,12 @@
 import csv
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
-from lightning_fabric.loggers.logger import rank_zero_experiment
+from lightning_fabric.loggers.logger import _DummyExperiment, rank_zero_experiment
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 from pytorch_lightning.utilities import rank_zero_warn
@@ -26,21 +27,74 @@ def tell(logger: Logger, send: Callable[[], Any]) -> None:
     try:
         send()
     except Exception as error:
-        _failed.add(logger)
-        name = type(logger).__name__
-        rank_zero_warn(f"{name} has failed and is left out from here on; training goes on. {error!r}")
+        _leave_out(logger, error)
+
+
+def _leave_out(logger: Logger, error: Exception) -> None:
+    if logger in _failed:
+        return
+    _failed.add(logger)
+    rank_zero_warn(f"{type(logger).__name__} has failed and is left out from here on; training goes on. {error!r}")
+    if isinstance(logger, Wandb):
+        logger.finish()
 
 
 def _forgive(logger: Logger) -> Logger:
-    """Has `tell` stand between Lightning and all that it sends to `logger` once a run has begun."""
+    """Has `tell` stand between Lightning and all that it sends to `logger`."""
 
     def guarded(method: Callable[..., Any]) -> Callable[..., None]:
         return lambda *args, **kwargs: tell(logger, lambda: method(*args, **kwargs))
 
-    for name in ("log_metrics", "log_image", "save", "after_save_checkpoint", "finalize"):
+    for name in ("log_hyperparams", "log_metrics", "log_image", "save", "after_save_checkpoint", "finalize"):
         if hasattr(logger, name):
             setattr(logger, name, guarded(getattr(logger, name)))
     return logger
+
+
+class Wandb(WandbLogger):
+    """W&B's run, which a training does without where W&B cannot begin it, or has lost it.
+
+    Args:
+        folder: Of the run.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        # W&B asks a server that it cannot reach for 90 s otherwise.
+        os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")
+        project = os.environ.get("WANDB_PROJECT", "slimconv_lit")
+        super().__init__(f"{folder.parent.name}/{folder.name}", save_dir=folder, project=project)
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """W&B's run, begun when it is first asked for; once that has failed, one that takes all and does nothing."""
+        if self._experiment is None:
+            tell(self, self._begin)
+        return _DummyExperiment() if self in _failed else self._experiment
+
+    def _begin(self) -> None:
+        begun: Any = super().experiment
+        # W&B draws everything over its own step; validation is a matter of epochs.
+        begun.define_metric("epoch")
+        for part in ("val/*", "test/*"):
+            begun.define_metric(part, step_metric="epoch")
+
+    def finish(self) -> None:
+        """Ends W&B's run, if it has begun; one that is left open would take in the next one of this process."""
+        run: Any = self._experiment
+        if run is None:
+            return
+        try:
+            run.finish()
+        except Exception as error:
+            import wandb
+
+            # W&B's own process is gone. All that is printed would still be sent there, and so would the next run.
+            wandb.run = self._experiment = None
+            with suppress(Exception, SystemExit):
+                run._console_stop()
+                wandb.teardown()
+            _leave_out(self, error)
 
 
 class _Rows(ExperimentWriter):
@@ -110,7 +164,6 @@ def make_loggers(names: str, folder: Path) -> list[Logger]:
     if "tensorboard" in wanted:
         loggers.append(TensorBoardLogger(folder / "tensorboard", name="", version="", default_hp_metric=False))
     if "wandb" in wanted:
-        project = os.environ.get("WANDB_PROJECT", "slimconv_lit")
-        loggers.append(WandbLogger(f"{folder.parent.name}/{folder.name}", save_dir=folder, project=project))
+        loggers.append(Wandb(folder))
     # Last: callbacks that write pictures or histograms look at the first logger only.
     return [_forgive(logger) for logger in (*loggers, MetricsFile(folder))]

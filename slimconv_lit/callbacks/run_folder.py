@@ -21,7 +21,7 @@ from typing import Any
 import pytorch_lightning as pl
 import yaml  # type: ignore[import-untyped]
 from pytorch_lightning.callbacks import Callback
-from pytorch_lightning.loggers import CSVLogger, WandbLogger
+from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_only
 
 from slimconv_lit.callbacks.loggers import MetricsFile
@@ -127,11 +127,6 @@ class RunFolder(Callback):
         self._written = True
         (self.path / "config.yaml").write_text(yaml.safe_dump(self.config, sort_keys=False))
         for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                # W&B draws everything over its own step; validation is a matter of epochs.
-                logger.experiment.define_metric("epoch")
-                for part in ("val/*", "test/*"):
-                    logger.experiment.define_metric(part, step_metric="epoch")
             if not isinstance(logger, CSVLogger):
                 logger.log_hyperparams(self.config)
 

@@ -7,6 +7,7 @@ import shutil
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
@@ -137,14 +138,22 @@ class Archive(NamedTuple):
         """Unpacks the archive below `root`, where it lies or is downloaded to, unless that is done already.
 
         Raises:
-            DataError: If the archive is not the official one, or `check_archive` has something against it.
+            URLError: If it is to be downloaded and there is no network.
+            DataError: If it is not the official one, was not downloaded whole, or `check_archive` has something
+                against it.
         """
         path = root / self.filename
         if (root / self.marker).is_file() or not (download or path.is_file()):
             return
         if download:
-            # Does nothing where the whole archive lies there, and fetches a truncated one anew.
-            download_url(self.url, root, self.filename, self.md5)
+            try:
+                # Does nothing where the whole archive lies there, and fetches a truncated one anew.
+                download_url(self.url, root, self.filename, self.md5)
+            except (RuntimeError, HTTPException, ConnectionError, TimeoutError) as error:
+                raise DataError(
+                    f"{self.url} did not give {path} whole, with the md5 sum {self.md5}: {error}. The same command "
+                    "fetches it anew; one from elsewhere may be put there"
+                ) from error
         elif not check_integrity(path, self.md5):
             raise DataError(
                 f"{path} is truncated or changed: its {path.stat().st_size:,} bytes do not have the md5 sum {self.md5}"

@@ -5,6 +5,7 @@ O. Russakovsky et al., "ImageNet Large Scale Visual Recognition Challenge", IJCV
 
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,7 +23,7 @@ from torchvision.models import ResNet18_Weights
 
 from slimconv_lit.data import samples
 from slimconv_lit.data.base import BaseDataModule, OnBadImage, Split, Transformed, hold_out
-from slimconv_lit.data.files import EncodedImage, check_archive
+from slimconv_lit.data.files import DataError, EncodedImage, check_archive
 from slimconv_lit.data.shards import ShardedImages, is_sharded, read_manifest
 from slimconv_lit.data.transforms import IMAGENET_STATS, imagenet_eval, imagenet_train
 
@@ -132,7 +133,11 @@ class ImageNetDataModule(BaseDataModule):
             self.class_names = tuple(state_dict["class_names"])
 
     def prepare_data(self) -> None:
-        """Unpacks the archives that lie in `root`, or builds the sample; either only where it is missing."""
+        """Unpacks the archives that lie in `root`, or builds the sample; either only where it is missing.
+
+        Raises:
+            DataError: If an archive is missing or is not the official one.
+        """
         if self.sample:
             samples.build_once(self.root, "imagenet", samples.write_imagenet)
             return
@@ -140,16 +145,25 @@ class ImageNetDataModule(BaseDataModule):
             return
         for split, parse in (("train", parse_train_archive), ("val", parse_val_archive)):
             if self._folder(self.root, split) is None and (self.root / ARCHIVE_META[split][0]).is_file():
-                check_archive(self.root / ARCHIVE_META[split][0])
-                if split == "val" and not (self.root / META_FILE).is_file():
-                    if (devkit := self.root / ARCHIVE_META["devkit"][0]).is_file():
-                        check_archive(devkit)
-                    parse_devkit_archive(self.root)
-                # Renamed when complete: unpacking takes long enough to be interrupted.
-                partial = self.root / f"{split}.unpacking"
-                shutil.rmtree(partial, ignore_errors=True)
-                parse(self.root, folder=partial.name)
-                partial.rename(self.root / split)
+                try:
+                    self._unpack(split, parse)
+                except RuntimeError as error:
+                    # torchvision names the archive that is missing or has another md5 sum than the official one.
+                    raise DataError(
+                        f"{error} It is to be had, with an account, at https://www.image-net.org"
+                    ) from error
+
+    def _unpack(self, split: str, parse: Callable[..., None]) -> None:
+        check_archive(self.root / ARCHIVE_META[split][0])
+        if split == "val" and not (self.root / META_FILE).is_file():
+            if (devkit := self.root / ARCHIVE_META["devkit"][0]).is_file():
+                check_archive(devkit)
+            parse_devkit_archive(self.root)
+        # Renamed when complete: unpacking takes long enough to be interrupted.
+        partial = self.root / f"{split}.unpacking"
+        shutil.rmtree(partial, ignore_errors=True)
+        parse(self.root, folder=partial.name)
+        partial.rename(self.root / split)
 
     def make_dataset(self, split: Split) -> Dataset[tuple[Any, ...]]:
         """The images of a split.

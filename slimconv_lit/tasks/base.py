@@ -15,6 +15,7 @@ from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torchmetrics import Metric
+from torchmetrics.utilities.distributed import gather_all_tensors
 
 from slimconv_lit.backbones.weights import load_weights
 from slimconv_lit.ops import OperatorFactory, OperatorLike, describe_operator
@@ -273,10 +274,12 @@ class BaseTask(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Notes what was pruned, and the classes, which Lightning leaves out unless its command line built them.
 
-        Also what has been summed of an epoch that is not over yet, by all processes.
+        Also what each process has summed of an epoch that is not over yet.
         """
-        with self.train_means.sync_context():
-            checkpoint["train_means"] = {name: getattr(self.train_means, name).clone() for name in ("totals", "images")}
+        for name in ("totals", "images"):
+            own = getattr(self.train_means, name)
+            of_each = gather_all_tensors(own) if self.trainer.world_size > 1 else [own]
+            checkpoint.setdefault("train_means", {})[name] = torch.stack(of_each)
         parts = {"model": self, "data": getattr(self.trainer, "datamodule", None)}
         classes = {part: type(value) for part, value in parts.items() if value is not None}
         checkpoint["class_paths"] = {part: f"{cls.__module__}.{cls.__qualname__}" for part, cls in classes.items()}
@@ -286,13 +289,15 @@ class BaseTask(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Prunes the network as that of the checkpoint was, before its weights are read; an epoch's sums go on."""
         apply_plans(self.model, checkpoint.get("pruned", {}))
-        if not (sums := checkpoint.get("train_means")) or not sums["images"]:
+        if not (sums := checkpoint.get("train_means")) or not sums["images"].any():
             return
-        # Nothing, so that they count as gathered in all processes; the sums are those of all, so the first has them.
+        # Nothing, so that they count as gathered in all processes.
         self.train_means.update(0, **dict.fromkeys(self.tracked, torch.zeros(())))
-        if self.global_rank == 0:
-            for name, state in sums.items():
-                getattr(self.train_means, name).copy_(state)
+        world, rank = (self._trainer.world_size, self._trainer.global_rank) if self._trainer else (1, 0)
+        for name, of_each in sums.items():
+            # Among another number of processes, the first one has all.
+            own = of_each[rank] if len(of_each) == world else of_each.sum(0) * (rank == 0)
+            getattr(self.train_means, name).copy_(own)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """What the optimizer is given: groups of parameters, with what differs from `lr` and `weight_decay` in each."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import wandb
 from PIL import Image
 
 from slimconv_lit.callbacks import RunFolder
@@ -220,11 +221,49 @@ def test_a_logger_that_fails(in_tmp, at_step, recwarn):
 
     at_step(3, harm)
     assert main(DIGITS) == 0
-    told = [str(w.message) for w in recwarn if "has failed" in str(w.message)]
-    assert len(told) == 1
-    assert told[0].startswith(
-        "MetricsFile has failed and is left out from here on; training goes on. IsADirectoryError"
-    )
+    (told,) = warnings_of_failed(recwarn)
+    assert told.startswith("MetricsFile has failed and is left out from here on; training goes on. IsADirectoryError")
+
+
+def warnings_of_failed(recwarn):
+    return [str(w.message) for w in recwarn if "has failed" in str(w.message)]
+
+
+def rows_of_metrics():
+    return len((run_folder() / "metrics.csv").read_text().splitlines())
+
+
+def test_the_process_of_wandb_is_killed(in_tmp, at_step, recwarn, capfd):
+    def strike(trainer, batch):
+        children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+        (core,) = [pid for pid in children if b"wandb-core" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        os.kill(int(core), signal.SIGKILL)
+
+    at_step(3, strike)
+    fit = [*DIGITS, "--logger=wandb", "--trainer.log_every_n_steps=1"]
+    assert main(fit) == 0
+    (told,) = warnings_of_failed(recwarn)
+    assert told.startswith("Wandb has failed and is left out from here on; training goes on. ConnectionResetError")
+    # A line of names, one for each of 12 steps, two validations.
+    assert rows_of_metrics() == 15
+    assert "Traceback" not in capfd.readouterr().err
+    # The next run of this process has a W&B again.
+    at_step(-1, strike)
+    assert main([*fit, "--name=next", "--trainer.max_epochs=1"]) == 0
+    assert len(warnings_of_failed(recwarn)) == 1
+    assert list(run_folder("next").glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_wandb_does_not_begin(in_tmp, monkeypatch, recwarn):
+    # So that it looks at the environment again.
+    wandb.teardown()
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_API_KEY", "too short")
+    assert main([*DIGITS, "--logger=wandb"]) == 0
+    (told,) = warnings_of_failed(recwarn)
+    assert "WANDB_API_KEY invalid" in told
+    assert (run_folder() / "checkpoints" / "last.ckpt").exists()
+    wandb.teardown()
 
 
 def test_memory_that_is_not_there(in_tmp, at_step, capsys):

@@ -1,6 +1,5 @@
 """A fit that is broken off and resumed with `--ckpt_path last` is one that was never broken off, bit by bit."""
 
-import importlib.util
 import os
 import signal
 import subprocess
@@ -10,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import kills
 from slimconv_lit.callbacks import RunFolder
 from slimconv_lit.cli import main
 from slimconv_lit.lightning_cli import TERMINATED
 
 pytestmark = pytest.mark.usefixtures("few_pictures")
 
-KILLS = Path(__file__).parents[2] / "benchmarks" / "kills.py"
 SHORT = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu", "--trainer.max_epochs=2"]
 SHORT += ["--trainer.limit_train_batches=6", "--trainer.limit_val_batches=2", "--test_after=false", "--logger=csv"]
 SHORT += ["--model.backbone=timm:test_resnet", "--model.operator=null"]
@@ -28,6 +27,12 @@ CASES = {
     "random": (DIGITS, 10, ["--save_every=4", *RANDOM]),
     "epoch_end": (DIGITS, 6, ["--data.num_workers=1", "--model.ema_decay=0.9"]),
     "accumulated": (DIGITS, 11, ["--trainer.accumulate_grad_batches=4", "--save_every=1"]),
+    # The second validation is in the middle of a step.
+    "validated_within_a_step": (
+        DIGITS,
+        9,
+        ["--trainer.accumulate_grad_batches=4", "--trainer.val_check_interval=2", "--model.ema_decay=0.9"],
+    ),
     "between_validations": (DIGITS, 9, ["--trainer.val_check_interval=2", "--save_every=1"]),
     "rare_validations": (DIGITS, 8, ["--trainer.check_val_every_n_epoch=2", "--save_every=3"]),
     "in_memory": (CIFAR, 10, ["--save_every=4"]),
@@ -36,16 +41,6 @@ CASES = {
 
 class Killed(BaseException):
     """Ends a fit at once, as a kill would: nothing of ours catches it."""
-
-
-def load_kills():
-    spec = importlib.util.spec_from_file_location("kills", KILLS)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-kills = load_kills()
 
 
 @pytest.fixture
@@ -124,6 +119,20 @@ def test_a_fit_that_is_told_to_end_saves_and_says_so_by_its_status(hook, count, 
     assert_same(averaged, folder_of("quickstart"))
 
 
+def test_a_fit_that_is_told_to_end_within_a_step_makes_it_first(in_tmp, at):
+    # Of 6 batches in each of 2 epochs, four make the first step and two the second.
+    fit = ["fit", *DIGITS, "--trainer.accumulate_grad_batches=4", "--trainer.val_check_interval=2"]
+    assert main([*fit, "--name=whole"]) == 0
+    at("on_train_batch_start", 6, terminate)
+    assert main([*fit, "--name=told"]) == TERMINATED
+    saved = torch.load(folder_of("told") / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 3
+    assert saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["completed"] == 4
+    at("on_train_batch_start", -1, terminate)
+    assert main([*fit, "--name=told", "--ckpt_path=last"]) == 0
+    assert_same(folder_of("whole"), folder_of("told"))
+
+
 @pytest.fixture(scope="module")
 def averaged(tmp_path_factory):
     """The folder of a fit that was not broken off."""
@@ -186,7 +195,7 @@ def finished(tmp_path_factory):
 
 def test_killed_at_random_moments():
     # A process of its own: forks of this one would inherit what other tests have left of their workers.
-    command = [sys.executable, str(KILLS), "--kills=2", "--seed=1", "--logger=csv"]
+    command = [sys.executable, kills.__file__, "--kills=2", "--seed=1", "--logger=csv"]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from pytorch_lightning.loggers import WandbLogger
 
 from slimconv_lit.cli import main
 from slimconv_lit.lightning_cli import run
@@ -232,7 +233,7 @@ def test_what_the_wandb_agent_types(in_tmp):
 
 def test_wandb_gets_the_nested_config_once(in_tmp):
     cli = run("fit", [*DIGITS, "--logger=wandb"])
-    (logger,) = (logger for logger in cli.trainer.loggers if type(logger).__name__ == "WandbLogger")
+    (logger,) = (logger for logger in cli.trainer.loggers if isinstance(logger, WandbLogger))
     config = dict(logger.experiment.config)
     assert config["model"]["init_args"]["num_classes"] == 10
     assert "lr" not in config

@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 import torch
 from PIL import Image
 
+from benchmarks.kills import same
 from slimconv_lit.data import (
     BaseDataModule,
     CIFAR100DataModule,
@@ -44,17 +45,6 @@ def make(request, sample_root):
         return KINDS[request.param](**own)
 
     return make
-
-
-def same(a, b):
-    """Whether two batches, or parts of them, are equal."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 class Recorder(pl.LightningModule):

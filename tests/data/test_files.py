@@ -4,12 +4,15 @@ import hashlib
 import io
 import struct
 import tarfile
+import threading
 import zlib
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 from PIL import Image
 from torchvision.datasets import imagenet
 
+from slimconv_lit.cli import main
 from slimconv_lit.data import ImageNetDataModule, files
 from slimconv_lit.data.files import Archive, DataError, inspect_image, read_image
 
@@ -88,6 +91,39 @@ def test_no_archive(content, tmp_path):
     (tmp_path / "a.tar.gz").write_bytes(content)
     with pytest.raises(DataError, match=r"a\.tar\.gz is truncated or no archive"):
         unpack(tmp_path / "a.tar.gz", tmp_path)
+
+
+def test_a_download_that_is_not_the_official_archive(tmp_path):
+    class Server(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(b"broken off" if "half" in self.path else bytes(1000))
+
+        do_HEAD = do_GET
+
+    with HTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for name in ("half.tar", "other.tar"):
+            archive = Archive(f"http://127.0.0.1:{server.server_port}/{name}", name, "0" * 32, "tree/last.txt")
+            with pytest.raises(DataError, match=rf"{name} did not give .*{name} whole.*fetches it anew"):
+                archive.unpack(tmp_path, download=True)
+        server.shutdown()
+    assert not (tmp_path / "tree").exists()
+
+
+@pytest.mark.parametrize("whole", ["ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"])
+def test_imagenet_s_archives_that_are_not_the_official_ones(whole, in_tmp, capsys):
+    # Of the validation images, the archive that names their classes is missing.
+    write_tar(in_tmp / whole, *GOOD)
+    assert main(["fit", "--config=cls_imagenet.yaml", "--data.root=.", "--trainer.accelerator=cpu"]) == 2
+    wrong = {"val": "ILSVRC2012_devkit_t12.tar.gz"}.get(whole[15:18], whole)
+    told = capsys.readouterr().err
+    assert f"error: The archive {wrong} is not present in the root directory or is corrupted. You need" in told
+    assert "https://www.image-net.org" in told
+    assert "Traceback" not in told
+    assert {path.name for path in in_tmp.iterdir()} <= {whole, "runs"}
 
 
 def test_archives_in_an_archive(tmp_path, monkeypatch):

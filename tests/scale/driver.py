@@ -1,13 +1,13 @@
 """Runs `main` on one, two and four processes, as torchrun would start them, and leaves what they wrote in a folder.
 
-    python tests/scale/driver.py FOLDER
+    python -m tests.scale.driver FOLDER
 
 A program of its own, and not a test: its processes are forked, so that all imports are paid for once, and a test
 runner has threads by then.
 """
 
 import os
-import socket
+import signal
 import sys
 from pathlib import Path
 
@@ -18,11 +18,12 @@ import torch
 import torch.utils.tensorboard
 import yaml
 from PIL import Image
-from torch.multiprocessing import start_processes
 
+from benchmarks import kills
+from slimconv_lit.callbacks import RunFolder
 from slimconv_lit.cli import main
 from slimconv_lit.data import VOC2007DataModule, VOC2012AugDataModule
-from slimconv_lit.lightning_cli import run  # noqa: F401
+from slimconv_lit.lightning_cli import TERMINATED
 from slimconv_lit.tasks import DetectionTask, SegmentationTask
 
 # No batch norm: that of two devices with four images each is another than that of one with eight.
@@ -42,6 +43,7 @@ RECIPE = {
 }
 
 
+KILLED = {"ddp": [], "fsdp2": ["--config=trainer/fsdp.yaml", "--model.ema_decay=null"]}
 SMALL = {"pyramid_width": 16, "head_width": 32, "box_score_thresh": 0.0, "rpn_post_nms_top_n_test": 8}
 UNTRAINED = {
     "seg": (SegmentationTask("torchvision:resnet18", 21, head={"width": 16}), VOC2012AugDataModule(num_workers=0)),
@@ -70,29 +72,23 @@ def write_images(folder, classes, count, rng):
         Image.fromarray(pixels).save(path)
 
 
-def as_torchrun_does(rank, world, port, words, log):
-    """One of `world` processes."""
-    if world > 1:
-        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "GROUP_RANK": 0}
-        own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "tests"}
-        os.environ.update({key: str(value) for key, value in own.items()})
-        from pytorch_lightning.utilities import rank_zero_only
-
-        # Read from the environment when Lightning is imported, which here was before.
-        rank_zero_only.rank = rank
-    file = os.open(f"{log}.{rank}.log", os.O_CREAT | os.O_WRONLY)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    assert main(words) == 0, words
-
-
-def launch(name, world, *words):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def launch(name, world, *words, status=0):
     print(name, world, *words, flush=True)
-    args = (world, port, [*words, f"--name={name}"], f"{name}")
-    start_processes(as_torchrun_does, args, nprocs=world, start_method="fork")
+    logs = [f"{name}.{rank}.log" for rank in range(world)]
+    assert kills.launch([*words, f"--name={name}"], world, logs) == status, words
+
+
+def tell_to_end(callback, trainer, module, batch, batch_idx):
+    """Sends SIGTERM to the second of two processes one step before the first one gets it, in the middle of an epoch."""
+    if trainer.fit_loop.total_batch_idx == 4 - trainer.global_rank:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def fill_the_disk(callback, trainer, module):
+    """Has what is written of last.ckpt, before it is renamed, go to a device that is always full."""
+    if trainer.is_global_zero:
+        (callback.path / "checkpoints").mkdir()
+        (callback.path / "checkpoints" / "last.ckpt.partial").symlink_to("/dev/full")
 
 
 def all_runs():
@@ -112,6 +108,19 @@ def all_runs():
     launch("ddp4", 4, *fit, "--data.root=shards", "--data.batch_size=2")
     sharded = ["--config=trainer/fsdp.yaml", "--trainer.strategy.init_args.unit_params=10000"]
     launch("fsdp2", 2, fit[0], *sharded, *fit[1:], "--data.batch_size=4")
+    RunFolder.on_train_batch_start = tell_to_end
+    launch("told", 2, *fit, "--data.batch_size=4", status=TERMINATED)
+    del RunFolder.on_train_batch_start
+    launch("told", 1, *fit, "--data.batch_size=4", "--ckpt_path=last", status=2)
+    launch("told", 1, *fit, "--data.batch_size=8", "--ckpt_path=last")
+    for name, own in KILLED.items():
+        print(name, flush=True)
+        short = ["--save_every=2", "--trainer.max_epochs=1", "--trainer.limit_train_batches=12", "--data.num_workers=1"]
+        short += ["--test_after=false", "--logger=csv"]
+        assert kills.main(["--processes=2", "--kills=1", "--after=7", *short, *own]) == 0, name
+    RunFolder.on_train_start = fill_the_disk
+    launch("unwritten", 2, fit[0], *sharded, *fit[1:], "--data.batch_size=4", status=2)
+    del RunFolder.on_train_start
     (checkpoint,) = Path("runs/one").glob("*/checkpoints/last.ckpt")
     predict = ["predict", "--data=photos", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
     for world in (1, 4):

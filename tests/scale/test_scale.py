@@ -23,10 +23,9 @@ MANY = {"ddp2": 2, "ddp4": 4, "fsdp2": 2}
 def runs(tmp_path_factory):
     """The folder in which the driver has run."""
     folder = tmp_path_factory.mktemp("scale")
-    driver = Path(__file__).with_name("driver.py")
-    done = subprocess.run(
-        [sys.executable, str(driver), str(folder)], capture_output=True, text=True, timeout=300, check=False
-    )
+    command, root = [sys.executable, "-m", "tests.scale.driver", str(folder)], Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300, check=False)
+    (folder / "driver.log").write_text(done.stdout)
     logs = "\n".join(path.read_text()[-1500:] for path in sorted(folder.glob("*.log")))
     assert done.returncode == 0, done.stdout + done.stderr[-3000:] + logs
     return folder
@@ -48,7 +47,7 @@ def weights(folder):
     return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 
 
-@pytest.mark.parametrize("name", MANY)
+@pytest.mark.parametrize("name", [*MANY, "told"])
 def test_the_curves_are_those_of_one_process(runs, name):
     one, many = run_of(runs, "one"), run_of(runs, name)
     alone, together = metrics(one), metrics(many)
@@ -77,6 +76,37 @@ def test_the_first_process_alone_writes_and_prints(runs, name):
     # A recipe for any number of devices.
     trainer = yaml.safe_load((run_of(runs, name) / "config.yaml").read_text())["trainer"]
     assert (trainer["devices"], trainer["num_nodes"]) == ("auto", 1)
+
+
+def test_processes_that_are_told_to_end_stop_at_one_step_and_another_number_goes_on(runs):
+    first, second = ((runs / f"told.{rank}.log").read_text() for rank in range(2))
+    assert "--ckpt_path last" in first
+    assert "runs/told" not in second
+    assert "Traceback" not in first + second
+    (refused,) = [line for line in first.splitlines() if line.startswith("error: ")]
+    assert "last.ckpt has 2 batches of 8 images of an epoch behind it (2 devices with 4 each); with 1 x 4" in refused
+    assert refused.endswith("Go on with --data.batch_size=8")
+
+
+def test_killed_processes_go_on_as_if_they_never_were(runs):
+    # The driver has compared weights, momenta, random states and metrics bit by bit: benchmarks/kills.py.
+    lines = (runs / "driver.log").read_text().splitlines()
+    each = [json.loads(line) for line in lines if line.startswith('{"steps done"')]
+    assert len(each) == 2
+    for kill in each:
+        # In the middle of an epoch of 12.
+        assert 6 <= kill["went on from"] <= kill["steps done"] < 12
+        assert not kill["differs"]
+
+
+def test_a_sharded_run_s_checkpoint_that_cannot_be_written_or_is_damaged_is_told(runs, in_tmp, capsys):
+    told = (runs / "unwritten.0.log").read_text()
+    assert "last.ckpt cannot be written: No space left on device" in told
+    assert "Traceback" not in told
+    checkpoint = in_tmp / "last.ckpt"
+    checkpoint.write_bytes((run_of(runs, "fsdp2") / "checkpoints" / "last.ckpt").read_bytes()[:-100])
+    assert main(["test", f"--ckpt_path={checkpoint}"]) == 2
+    assert f"error: {checkpoint} is truncated or damaged" in capsys.readouterr().err
 
 
 def test_a_sharded_run_s_checkpoint_is_whole_and_tested_by_one_process(runs, in_tmp):
