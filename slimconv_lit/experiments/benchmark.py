@@ -66,6 +66,8 @@ _COLOURS = {
     "openvino": "#b8486c",
 }
 _MARKERS = "os^Dv<>P"
+# Ten times what `export` accepts: weights that are not trained make more of roundings.
+_MOST = 1e-3
 # What SlimConv's tables have: Pascal VOC's classes, and a photo as its detector resizes it.
 _DENSE: dict[str, tuple[int, tuple[int, int]]] = {"deeplab_v3plus": (21, (513, 513)), "faster_rcnn": (20, (600, 800))}
 
@@ -448,7 +450,14 @@ class _Benchmark:
             return run
 
         # Once for nothing, for the first also loads the library.
-        opened()
+        run = opened()
+        if setting.precision == "float32":
+            with torch.no_grad():
+                expected = self.networks[label](images)
+            difference = float((run(images)[0] - expected).abs().max() / expected.abs().max())
+            # A runtime's time means nothing where it computes something else.
+            if not difference < _MOST:
+                raise ValueError(f"{label} differs from the network in torch by {difference:.2g} of the largest output")
         before = resident_memory()
         run = opened()
         after = resident_memory()

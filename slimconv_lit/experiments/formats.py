@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.jit._trace import TracerWarning
 
+from slimconv_lit.ops.slim_conv import linear_as_sum
 from slimconv_lit.usage import UsageError
 
 Facts: TypeAlias = Mapping[str, Any]
@@ -28,6 +29,8 @@ Runner: TypeAlias = Callable[[Tensor], tuple[Tensor, ...]]
 IMAGES = "images"
 # What costs, and what joins it: norms and gates stay in float32, where ONNX Runtime cannot quantise all of them.
 _INT8 = ("Conv", "Gemm", "MatMul", "Add", "MaxPool", "AveragePool")
+# ResNets' widest: 2,048 channels and their 32nd part.
+_MOST_OF_A_GATE = 2**17
 AXES = {0: "batch", 2: "height", 3: "width"}
 
 
@@ -223,9 +226,17 @@ def write_aoti(program: ExportedProgram, path: Path, facts: Facts) -> None:
         # Freezing lays the weights out once and for all, as the convolutions want them.
         configs = {"aot_inductor.metadata": _texts(facts), "freezing": True}
         with torch.no_grad():
+            program = program.run_decompositions({torch.ops.aten.linear.default: _gate_as_sum})
             aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
     except InvalidCxxCompiler as error:
         raise UsageError(f"--format aoti needs a C++ compiler: {error}") from error
+
+
+def _gate_as_sum(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Linear layers of vectors as sums, if they are as small as gates are."""
+    if x.ndim != 2 or weight.numel() > _MOST_OF_A_GATE:
+        return NotImplemented
+    return linear_as_sum(x, weight, bias)
 
 
 def open_onnx(path: Path) -> Runner:

@@ -118,12 +118,20 @@ class LinearGate(nn.Module):
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
     """A small linear layer on vectors (B, N)."""
-    if not torch.compiler.is_compiling():
-        mapped: Tensor = layer(x)
-        return mapped
-    # Compilers make a sum a loop beside the others; to call a library takes them longer than so few products.
-    mapped = (x[:, None] * layer.weight).sum(2)
-    return mapped if layer.bias is None else mapped + layer.bias
+    # Not for other runtimes: OpenVINO 2026 computes such sums wrongly where the batch is free.
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        return linear_as_sum(x, layer.weight, layer.bias)
+    mapped: Tensor = layer(x)
+    return mapped
+
+
+def linear_as_sum(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear` of vectors (B, N), as compilers are quick at: a loop that they join to others.
+
+    To call a library takes them longer than the few products of a gate.
+    """
+    mapped = (x[:, None] * weight).sum(2)
+    return mapped if bias is None else mapped + bias
 
 
 class SlimConv2d(Operator):
