@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from slimconv_lit.lookup import check_files
 
         try:
-            check_files(rest)
+            check_files(verb, rest)
         except FileNotFoundError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2

@@ -56,8 +56,8 @@ _LINKS = {"num_classes": ("data.num_classes", None), "in_channels": ("data.input
 _REPORTS = (ClassReport, SegmentationReport, DetectionReport)
 _WRITERS = (PredictionWriter, MaskWriter, DetectionWriter)
 
-TERMINATED = 143
-"""Exit status of a run that was told to end and has saved: 128 + SIGTERM, as shells count."""
+TERMINATED, INTERRUPTED = 143, 130
+"""Exit status of a run that was told to end and has saved, or was interrupted: 128 + signal, as shells count."""
 
 
 class SlimCLI(LightningCLI):
@@ -299,19 +299,30 @@ class SlimCLI(LightningCLI):
 
         Raises:
             RunError: If memory has run out or a process that loads images has died; it says what to lower.
-            SystemExit: If the process was told to end (SIGTERM): a fit has saved last.ckpt, and the status is 143.
+            SystemExit: If the process was told to end (SIGTERM): a fit has saved last.ckpt, and the status is 143. Or
+                if it was interrupted (Ctrl-C, SIGINT): the status is 130.
         """
         try:
             super()._run_subcommand(subcommand)
         except SIGTERMException:
-            saved = self.run_folder and (self.run_folder.path / "checkpoints" / "last.ckpt").exists()
-            if saved and self.trainer.is_global_zero:
-                print("told to end; `fit --ckpt_path last` goes on")
+            self._tell_how_to_go_on("told to end")
             raise SystemExit(TERMINATED) from None
+        except SystemExit as end:
+            # Lightning ends with status 1 when it is interrupted.
+            if not isinstance(end.__context__, KeyboardInterrupt):
+                raise
+            self._tell_how_to_go_on("interrupted")
+            raise SystemExit(INTERRUPTED) from None
         except (RuntimeError, MemoryError) as error:
             if not (told := explain_fault(error, self._batch())) or os.environ.get("JSONARGPARSE_DEBUG"):
                 raise
             raise RunError(told) from error
+
+    def _tell_how_to_go_on(self, what: str) -> None:
+        last = self.run_folder and self.run_folder.path / "checkpoints" / "last.ckpt"
+        if self.trainer.is_global_zero:
+            # On a line of its own, behind the progress bar's.
+            print(f"\n{what}{'; `fit --ckpt_path last` goes on' if last and last.exists() else ''}")
 
     def _batch(self) -> str:
         data, fitting = self.datamodule, self.verb == "fit"

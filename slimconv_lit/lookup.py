@@ -9,6 +9,9 @@ from pathlib import Path
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 """The checkout's own configurations."""
 
+PRUNING = CONFIGS / "pruning"
+"""Those of `prune`."""
+
 
 def closest(name: str, names: Iterable[str]) -> str:
     """The end of an error message: the known names nearest to `name`, or all of them when none is near."""
@@ -17,17 +20,18 @@ def closest(name: str, names: Iterable[str]) -> str:
     return f"did you mean {' or '.join(repr(n) for n in near)}?" if near else f"known: {', '.join(known)}"
 
 
-def find_config(name: str) -> Path:
-    """The file called `name`: as a path from the current folder, else among the checkout's configs.
+def find_config(name: str, *folders: Path) -> Path:
+    """The file called `name`: as a path from the current folder, else in `folders`, else among the checkout's configs.
 
     Raises:
-        FileNotFoundError: If neither exists; the message gives the nearest names.
+        FileNotFoundError: If none exists; the message gives the nearest names.
     """
-    for path in (Path(name), CONFIGS / name, CONFIGS / f"{name}.yaml"):
+    inside = [path for folder in (*folders, CONFIGS) for path in (folder / name, folder / f"{name}.yaml")]
+    for path in (Path(name), *inside):
         # It says no where pathlib raises an error: to a name that is too long, say.
         if os.path.isfile(path):
             return path
-    known = {path.name for folder in (Path(), CONFIGS) for path in folder.glob("*.yaml")}
+    known = {path.name for folder in (Path(), *folders, CONFIGS) for path in folder.glob("*.yaml")}
     raise FileNotFoundError(f"--config: there is no {name!r}; {closest(name, known)}")
 
 
@@ -53,8 +57,8 @@ def find_checkpoint(which: str, root: Path, name: str = "*") -> Path:
     return runs[-1]
 
 
-def check_files(argv: Sequence[str]) -> None:
-    """Looks whether the files are there that `--config` and `--ckpt_path` name.
+def check_files(verb: str, argv: Sequence[str]) -> None:
+    """Looks whether the files are there that `--config` and `--ckpt_path` of a verb name.
 
     Raises:
         FileNotFoundError: If one is not.
@@ -63,6 +67,6 @@ def check_files(argv: Sequence[str]) -> None:
         name, equals, own = option.partition("=")
         value = own if equals else value
         if name in ("-c", "--config"):
-            find_config(value)
+            find_config(value, *([PRUNING] if verb == "prune" else []))
         elif name == "--ckpt_path" and value not in ("last", "best"):
             find_checkpoint(value, Path())

@@ -11,8 +11,25 @@ class PreemptibleTrainer(pl.Trainer):
 
     _asking = False
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        *args: Any,
+        # Of Lightning's `Union[int, float]`, `typing` may keep the other order, and 1 batch would be 1.0, all of them.
+        limit_train_batches: int | float | None = None,
+        limit_val_batches: int | float | None = None,
+        limit_test_batches: int | float | None = None,
+        limit_predict_batches: int | float | None = None,
+        overfit_batches: int | float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        limits = {
+            "limit_train_batches": limit_train_batches,
+            "limit_val_batches": limit_val_batches,
+            "limit_test_batches": limit_test_batches,
+            "limit_predict_batches": limit_predict_batches,
+        }
+        given: dict[str, Any] = {name: limit for name, limit in limits.items() if limit is not None}
+        super().__init__(*args, overfit_batches=overfit_batches, **given, **kwargs)
         # Lightning's own has devices talk to each other wherever the signal finds them, in the middle of other talk.
         self._signal_connector._sigterm_notifier_fn = self._note  # type: ignore[method-assign]
         loop = self.fit_loop.epoch_loop

@@ -26,9 +26,12 @@ def models_rows(pattern: str | None = None) -> list[dict[str, object]]:
     Raises:
         ValueError: If no backbone matches; the message gives the nearest names.
     """
-    names = list_backbones(pattern or "*")
+    pattern_or_all = pattern or "*"
+    # A name without its library means torchvision's before timm's.
+    tries = (pattern_or_all, f"torchvision:{pattern_or_all}", f"timm:{pattern_or_all}")
+    names = next((found for found in map(list_backbones, tries) if found), None)
     if not names:
-        raise ValueError(unknown_backbone(pattern or "*"))
+        raise ValueError(f"no network matches: {unknown_backbone(pattern_or_all)}")
     rows: list[dict[str, object]] = []
     for name in tqdm(names, desc="counting", unit=" networks", leave=False, delay=1, disable=None):
         size, classes = made_for(name)

@@ -41,6 +41,8 @@ def _compare_runs(argv: Sequence[str]) -> Path:
     parser.add_argument("--output", default="comparison.html", help="the page (default: comparison.html)")
     parser.add_argument("--rounds", type=int, default=15, help="timed passes of each network; 0 for none (default: 15)")
     own = parser.parse_args(argv)
+    if Path(own.output).suffix != ".html":
+        raise UsageError(f"--output: the page is an .html file, not {own.output!r}")
     target = report(own.runs, own.output, own.rounds)
     print(f"in {target}")
     return target

@@ -27,7 +27,7 @@ from slimconv_lit.config_files import Config, load_config, merge, recipe_of
 from slimconv_lit.errors import explain
 from slimconv_lit.experiments.report import open_task
 from slimconv_lit.lightning_cli import build_fit, open_checkpoint, run
-from slimconv_lit.lookup import CONFIGS, find_checkpoint, find_config
+from slimconv_lit.lookup import PRUNING, find_checkpoint, find_config
 from slimconv_lit.surgery import PruneReport, plans_of, prune
 from slimconv_lit.surgery.classes import Streams
 from slimconv_lit.tables import format_table
@@ -101,7 +101,7 @@ def slimming(argv: Sequence[str]) -> Path:
         checkpoint = find_checkpoint(own.ckpt_path, root) if own.ckpt_path else None
         recipe = recipe_of(checkpoint) if checkpoint else {}
         if own.config:
-            recipe = merge(recipe, load_config(_find(own.config)))
+            recipe = merge(recipe, load_config(find_config(own.config, PRUNING)))
     except (FileNotFoundError, ValueError) as error:
         raise UsageError(str(error)) from error
     options = _options(recipe.pop("prune", {}), own)
@@ -133,12 +133,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--run_root", default="runs", help="folder of all runs (default: runs)")
     parser.add_argument("--name", help="folder below it (default: that of the config, with -prune)")
     return parser
-
-
-def _find(name: str) -> Path:
-    pruning = CONFIGS / "pruning"
-    inside = [path for path in (pruning / name, pruning / f"{name}.yaml") if path.is_file()]
-    return inside[0] if inside and not Path(name).is_file() else find_config(name)
 
 
 def _options(section: object, given: argparse.Namespace) -> Slimming:

@@ -7,6 +7,7 @@ whole if anything fails.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -187,6 +188,8 @@ def substitute(
         graph, inputs = _trace(model, example_input)
     except Exception as error:
         why = f"the network could not be traced: {one_line(error)}"
+        # Who does not look at the report would train a plain network.
+        warnings.warn(f"nothing was replaced: {why}; an example_input may help", stacklevel=3)
         return Report(tuple(Row(name, _describe(conv), "", why) for name, conv in convs.items()), model)
 
     changes: dict[str, _Change] = {}

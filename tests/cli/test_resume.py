@@ -12,7 +12,7 @@ import torch
 from benchmarks import kills
 from slimconv_lit.callbacks import RunFolder
 from slimconv_lit.cli import main
-from slimconv_lit.lightning_cli import TERMINATED
+from slimconv_lit.lightning_cli import INTERRUPTED, TERMINATED
 
 pytestmark = pytest.mark.usefixtures("few_pictures")
 
@@ -117,6 +117,23 @@ def test_a_fit_that_is_told_to_end_saves_and_says_so_by_its_status(hook, count, 
     at(hook, -1, terminate)
     assert main([*fit, "--ckpt_path=last"]) == 0
     assert_same(averaged, folder_of("quickstart"))
+
+
+def test_an_interrupted_fit_says_how_to_go_on(in_tmp, at, capsys):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    fit = ["fit", *DIGITS]
+    at("on_train_batch_start", 7, interrupt)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        assert main(fit) == INTERRUPTED == 130
+    finally:
+        # Lightning turns a second one off while it ends.
+        signal.signal(signal.SIGINT, before)
+    assert "\ninterrupted; `fit --ckpt_path last` goes on" in capsys.readouterr().out
+    at("on_train_batch_start", -1, interrupt)
+    assert main([*fit, "--ckpt_path=last"]) == 0
 
 
 def test_a_fit_that_is_told_to_end_within_a_step_makes_it_first(in_tmp, at):

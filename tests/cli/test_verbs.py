@@ -288,6 +288,10 @@ def test_compare_answers_mistakes_before_it_trains(in_tmp, capsys):
 def test_tool_verbs(capsys):
     assert main(["models", "cifar_resnet20", "--format=csv"]) == 0
     assert "cifar_resnet20,275572,40556800" in capsys.readouterr().out
+    assert main(["models", "resnet1[89]", "--format=csv"]) == 0
+    assert "torchvision:resnet18,11689512" in capsys.readouterr().out
+    assert main(["models", "rezzznet*"]) == 2
+    assert "no network matches" in capsys.readouterr().err
     assert main(["profile", "cifar_resnet20", "--operator=SlimConv2d", "--operator.k=8/3", "--depth=0"]) == 0
     assert "SlimConv2d" in capsys.readouterr().out
 
@@ -297,6 +301,15 @@ def test_what_only_prints(words, capsys, in_tmp):
     assert main(words) == 0
     assert "max_epochs" in capsys.readouterr().out
     assert not list(in_tmp.iterdir())
+
+
+@pytest.mark.parametrize("limit", ["1", "2", "0.5", "1.0"])
+def test_a_limit_of_one_batch_is_not_all_of_them(limit, capsys, in_tmp):
+    names = [f"limit_{part}_batches" for part in ("train", "val", "test", "predict")]
+    words = [f"--trainer.{name}={limit}" for name in (*names, "overfit_batches")]
+    assert main(["fit", "--config=quickstart.yaml", *words, "--print_config"]) == 0
+    said = capsys.readouterr().out
+    assert all(f" {name}: {limit}\n" in said for name in (*names, "overfit_batches"))
 
 
 def test_processes_of_torchrun_share_one_run_folder(in_tmp):

@@ -10,6 +10,7 @@ import yaml
 from slimconv_lit import ClassificationTask, create_backbone, load_weights, plans_of, prune
 from slimconv_lit.cli import main
 from slimconv_lit.experiments import slimming
+from slimconv_lit.lookup import CONFIGS
 from slimconv_lit.surgery import prunable_norms
 
 SHORT = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.accelerator=cpu"]
@@ -23,7 +24,7 @@ def loop(tmp_path_factory):
     """Two passes over a small pre-activation network with SlimConv, broken off once before the second pruning."""
     root = tmp_path_factory.mktemp("slimming")
     config = {
-        "base": str(slimming.CONFIGS / "quickstart.yaml"),
+        "base": str(CONFIGS / "quickstart.yaml"),
         "model": {"init_args": {"backbone": "cifar_preresnet20", "operator": "SlimConv2d"}},
         "prune": {"ratio": 0.4, "streams": "select", "sparsity": {"strength": 1e-3}, "finetune": {}},
     }
@@ -185,18 +186,21 @@ def test_weights_of_a_pruned_network(tmp_path):
 )
 def test_mistakes_are_known_before_anything_is_trained(words, problem, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    base = str(slimming.CONFIGS / "quickstart.yaml")
+    base = str(CONFIGS / "quickstart.yaml")
     (tmp_path / "typo.yaml").write_text(yaml.safe_dump({"base": base, "prune": {"ratoi": 0.5}}))
     assert main(["prune", *words]) == 2
     assert problem in capsys.readouterr().err
     assert not list(tmp_path.glob("runs/*/*"))
 
 
-@pytest.mark.parametrize("path", sorted((slimming.CONFIGS / "pruning").glob("*.yaml")), ids=lambda path: path.stem)
-def test_shipped_configs(path, tmp_path, monkeypatch):
+@pytest.mark.parametrize("path", sorted((CONFIGS / "pruning").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs(path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert path.read_text().startswith(f"# python -m slimconv_lit prune --config {path.name}\n")
-    recipe = slimming.load_config(slimming._find(path.name))
+    # Found by its name.
+    assert main(["prune", f"--config={path.name}", "--multi_pass=0"]) == 2
+    assert "multi_pass=0 must be at least 1" in capsys.readouterr().err
+    recipe = slimming.load_config(path)
     options = slimming._options(recipe.pop("prune"), slimming._parser().parse_args([]))
     (tmp_path / "fit.yaml").write_text(yaml.safe_dump(recipe))
     cli = slimming.build_fit(["--config=fit.yaml"])

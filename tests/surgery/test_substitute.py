@@ -357,7 +357,9 @@ def test_what_cannot_be_traced_is_left_with_the_reason():
 
     model = Stubborn(Bottleneck())
     before = snapshot(model)
-    report = slimify(model)
+    with pytest.warns(UserWarning, match="nothing was replaced: the network could not be traced") as told:
+        report = slimify(model)
+    assert told[0].filename == __file__
     assert report.replaced == []
     assert all("could not be traced" in why for why in report.left.values())
     assert same(model, before)
