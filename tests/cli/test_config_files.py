@@ -1,15 +1,8 @@
 import pytest
 import torch
 
-from slimconv_lit.config_files import (
-    CONFIGS,
-    checkpoint_config,
-    compose,
-    find_checkpoint,
-    find_config,
-    load_config,
-    merge,
-)
+from slimconv_lit.config_files import checkpoint_config, compose, load_config, merge
+from slimconv_lit.lookup import CONFIGS, find_checkpoint, find_config
 
 
 def write(folder, **files):
