@@ -95,3 +95,12 @@ def _csv(rows: TableRows) -> str:
 
 def _json(rows: TableRows) -> str:
     return json.dumps([dict(row) for row in rows], indent=2, ensure_ascii=False, default=str)
+
+
+def narrow(text: str, width: int) -> str:
+    """`text` with the middle of each line left out that is longer than `width`.
+
+    Of a long line, such as a path, the beginning and the end say most.
+    """
+    half = width // 2
+    return "\n".join(s if len(s) <= width else f"{s[: half - 1]}…{s[-half:]}" for s in text.split("\n"))

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from slimconv_lit.backbones.stages import stage_ends, watch
+from slimconv_lit.tables import narrow
 
 Heat: TypeAlias = NDArray[np.float32]
 
@@ -72,7 +73,7 @@ def draw_cams(pixels: Tensor, heats: dict[str, Heat], captions: Sequence[str]) -
     rows = figure.subplots(1 + len(heats), len(pixels), squeeze=False)
     for i, image in enumerate(pixels):
         rows[0][i].imshow(image.permute(1, 2, 0).cpu().numpy())
-        rows[0][i].set_title(captions[i], fontsize=9)
+        rows[0][i].set_title(narrow(captions[i], 22), fontsize=8)
         for row, heat in zip(rows[1:], heats.values(), strict=True):
             row[i].imshow(overlay(image, heat[i]))
     for row, title in zip(rows, ["image", *heats], strict=True):

@@ -19,6 +19,7 @@ from slimconv_lit.callbacks.last_validation import is_last
 from slimconv_lit.callbacks.loggers import tell
 from slimconv_lit.callbacks.run_folder import pictures_of
 from slimconv_lit.data.loading import Loader
+from slimconv_lit.tables import narrow
 from slimconv_lit.tasks import BaseTask, Picture
 
 _COLOURS = {True: "#1b7f3b", False: "#c0262d", None: "#222222"}
@@ -51,7 +52,7 @@ def contact_sheet(pictures: Sequence[Picture]) -> Figure:
     for axes, picture in zip(cells.flat, pictures, strict=False):
         axes.imshow(picture.image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
         axes.set_anchor("N")
-        axes.set_title(_narrow(picture.caption, int(15 * cell)), fontsize=7.5, color=_COLOURS[picture.correct])
+        axes.set_title(narrow(picture.caption, int(15 * cell)), fontsize=7.5, color=_COLOURS[picture.correct])
     for axes in figure.axes:
         axes.set_axis_off()
     if legend:
@@ -62,12 +63,6 @@ def contact_sheet(pictures: Sequence[Picture]) -> Figure:
         by_rows = [patch for column in range(in_a_row) for patch in patches[column::in_a_row]]
         figure.legend(handles=by_rows, loc="outside lower center", ncols=in_a_row, fontsize=8, frameon=False)
     return figure
-
-
-def _narrow(caption: str, width: int) -> str:
-    # Of a long line, such as a path, the beginning and the end say most.
-    half = width // 2
-    return "\n".join(s if len(s) <= width else f"{s[: half - 1]}…{s[-half:]}" for s in caption.split("\n"))
 
 
 def save_figure(figure: Figure, path: Path, trainer: pl.Trainer) -> None:

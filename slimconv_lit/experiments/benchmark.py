@@ -1,15 +1,12 @@
 """A network against its plain counterpart on the clock: latency, throughput and memory, in turn, in one process."""
 
-import inspect
 import itertools
 import json
-import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
-from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -21,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from slimconv_lit.analysis.complexity import macs
 from slimconv_lit.analysis.latency import (
     Spread,
     interleaved,
@@ -32,23 +28,15 @@ from slimconv_lit.analysis.latency import (
     spread,
     tune_gpu,
 )
-from slimconv_lit.backbones import create_backbone
-from slimconv_lit.backbones.presets import PRESETS
-from slimconv_lit.backbones.registry import made_for
-from slimconv_lit.callbacks.run_folder import new_run_folder
 from slimconv_lit.errors import explain
 from slimconv_lit.experiments import formats
-from slimconv_lit.experiments.export import check_checkpoint
+from slimconv_lit.experiments.counterparts import Networks, counterparts
 from slimconv_lit.experiments.formats import FORMATS
-from slimconv_lit.heads import WithoutProposals, deeplab_v3plus, faster_rcnn
-from slimconv_lit.lightning_cli import describe_network, open_checkpoint
 from slimconv_lit.memory import keep_memory
-from slimconv_lit.ops import OperatorFactory, OperatorLike, SlimConv2d, describe_operator, operator_classes
+from slimconv_lit.ops import OperatorFactory
 from slimconv_lit.ops.reconstruct import Kernel, use_kernel
 from slimconv_lit.surgery import fuse
-from slimconv_lit.surgery.plan import plans_of
 from slimconv_lit.tables import format_table
-from slimconv_lit.tasks import DetectionTask, SegmentationTask
 from slimconv_lit.usage import RaisingParser, UsageError
 
 Backend = Literal["eager", "compile", "aoti", "onnxruntime", "openvino"]
@@ -68,8 +56,6 @@ _COLOURS = {
 _MARKERS = "os^Dv<>P"
 # Ten times what `export` accepts: weights that are not trained make more of roundings.
 _MOST = 1e-3
-# What SlimConv's tables have: Pascal VOC's classes, and a photo as its detector resizes it.
-_DENSE: dict[str, tuple[int, tuple[int, int]]] = {"deeplab_v3plus": (21, (513, 513)), "faster_rcnn": (20, (600, 800))}
 
 
 @dataclass(frozen=True)
@@ -93,30 +79,6 @@ class Setting:
     kernel: str
 
 
-@dataclass(frozen=True)
-class Networks:
-    """What is compared.
-
-    Attributes:
-        networks: By what the table calls them; the first is the plain one.
-        kind: A head, see `Head`.
-        size: (C, H, W) of an image.
-        classes: How many there are.
-        macs: Multiply-accumulates of each for one image.
-    """
-
-    networks: Mapping[str, nn.Module]
-    kind: str
-    size: tuple[int, int, int]
-    classes: int
-    macs: Mapping[str, int]
-
-    @property
-    def is_detector(self) -> bool:
-        """Whether it takes a list of images."""
-        return self.kind.startswith("faster_rcnn")
-
-
 def benchmark(argv: Sequence[str]) -> Path:
     """Runs `benchmark NETWORK [--operator O] [--k K ...] ...`; returns the folder with table, picture and figures.
 
@@ -138,7 +100,7 @@ def benchmark(argv: Sequence[str]) -> Path:
     for name in dict.fromkeys(setting.backend for setting in settings if setting.backend in _RUNTIMES):
         FORMATS[_RUNTIMES[name]].check_packages(f"--backend {name}")
     try:
-        compared, folder = _networks(own)
+        compared, folder = counterparts(own)
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from error
     kept = [setting for setting in settings if not _told(_refusal(setting, compared, own.train, own.device))]
@@ -219,97 +181,6 @@ def _told(reason: str | None) -> bool:
     if reason:
         print(f"left out: {reason}")
     return bool(reason)
-
-
-def _networks(own: Any) -> tuple[Networks, Path]:
-    """The networks to compare, and a folder for what comes of it."""
-    operators: list[OperatorLike] = [] if own.operator is None else [own.operator]
-    if own.k:
-        described = describe_operator(own.operator or SlimConv2d)
-        if not described["class_path"].endswith(".SlimConv2d"):
-            raise UsageError("--k is SlimConv2d's; other operators take theirs as --operator.NAME=VALUE")
-        operators = [described | {"init_args": described["init_args"] | {"k": k}} for k in own.k]
-    variants = {_label(operator): operator for operator in operators}
-    if own.network in ("last", "best") or own.network.endswith(".ckpt"):
-        return _from_checkpoint(own, variants)
-    plain, preset = own.network, PRESETS.get(own.network)
-    if preset:
-        plain = preset.backbone
-    if not variants and not preset:
-        variants[_label(SlimConv2d)] = SlimConv2d
-    side, classes = made_for(plain)
-    size = (side, side)
-    if own.head != "classifier":
-        classes, size = _DENSE["deeplab_v3plus" if own.head == "deeplab_v3plus" else "faster_rcnn"]
-    height, width = (own.input_size * 2)[:2] or size
-    built = {"plain": _build(own.head, plain, None, classes, height)}
-    if preset:
-        built[own.network] = _build(own.head, own.network, None, classes, height)
-    built |= {label: _build(own.head, plain, op, classes, height) for label, op in variants.items()}
-    counts = {label: macs(_counted(network), (3, height, width)) for label, network in built.items()}
-    folder = Path(own.output or new_run_folder(Path(own.run_root), re.sub(r"\W+", "-", own.network), "benchmark"))
-    return Networks(built, own.head, (3, height, width), classes, counts), folder
-
-
-def _label(operator: OperatorLike) -> str:
-    """An operator in a few words: its class, k, and what else is not as by default."""
-    described = describe_operator(operator)
-    name = described["class_path"].rpartition(".")[2]
-    defaults = {key: p.default for key, p in inspect.signature(operator_classes()[name]).parameters.items()}
-    given = ({"k": defaults["k"]} if "k" in defaults else {}) | described["init_args"]
-    words = [name]
-    for key, value in given.items():
-        if key == "k" or value != defaults.get(key):
-            words.append(f"{key}={Fraction(value).limit_denominator(99) if isinstance(value, float) else value}")
-    return " ".join(words)
-
-
-def _build(head: str, name: str, operator: Any, classes: int, side: int) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        if head == "classifier":
-            return create_backbone(name, operator, classes)
-        if head == "deeplab_v3plus":
-            return deeplab_v3plus(name, operator, classes)
-        form: Any = head.removeprefix("faster_rcnn_")
-        # The image is not resized, and a test looks at as many regions whatever the weights.
-        return faster_rcnn(name, operator, classes, form, min_size=side, max_size=None)
-
-
-def _counted(network: nn.Module) -> nn.Module:
-    return WithoutProposals(network) if hasattr(network, "roi_heads") else network
-
-
-def _from_checkpoint(own: Any, variants: Mapping[str, OperatorLike]) -> tuple[Networks, Path]:
-    """The checkpoint's network and its counterpart: the same task without operator and before pruning."""
-    options = [f"--run_root={own.run_root}", *([f"--name={own.name}"] if own.name else [])]
-    check_checkpoint(own.network)
-    cli = open_checkpoint("benchmark", [f"--ckpt_path={own.network}", *options])
-    assert cli.run_folder
-    folder = cli.run_folder.path
-    if own.output:
-        folder.rmdir()
-        folder = Path(own.output)
-    task = cli.model
-    hparams = {key: value for key, value in task.hparams.items() if not key.startswith("_")}
-    preset = PRESETS.get(hparams["backbone"])
-    plain = hparams | {"operator": None, "backbone": preset.backbone if preset else hparams["backbone"]}
-    tasks = {"plain": type(task)(**plain)}
-    pruned = bool(plans_of(task.model))
-    if hparams["operator"] or preset or pruned:
-        tasks[describe_network(hparams) + (", pruned" if pruned else "")] = task
-    elif not variants:
-        raise UsageError(f"{own.network} holds a plain network; say what to compare it with: --operator=SlimConv2d")
-    tasks |= {label: type(task)(**plain | {"operator": operator}) for label, operator in variants.items()}
-    channels, *sides = cli.datamodule.input_size
-    height, width = (own.input_size * 2)[:2] or sides
-    size = (channels, height, width)
-    counts = {label: macs(*one.counted(size)) for label, one in tasks.items()}
-    kind = "classifier"
-    if isinstance(task, (SegmentationTask, DetectionTask)):
-        kind = "deeplab_v3plus" if isinstance(task, SegmentationTask) else f"faster_rcnn_{hparams['form']}"
-    networks = {label: one.model for label, one in tasks.items()}
-    return Networks(networks, kind, size, hparams["num_classes"], counts), folder
 
 
 class _Benchmark:

@@ -85,7 +85,12 @@ class _Explanation:
     def _cams(self) -> Figure:
         images = torch.cat([batch[0] for batch in self.batches])[: self.shown].to(self.device)
         captions = [caption for batch in self.batches for caption in self._captions(batch)][: self.shown]
-        return draw_cams(self.task.pixels(images).cpu(), {"Grad-CAM": grad_cam(self.network, images)}, captions)
+        with torch.no_grad():
+            sure, labels = self.network(images).softmax(dim=1).max(dim=1)
+        # Which class it is that the network was looking for.
+        names = [self.task.class_names[label] for label in labels.tolist()]
+        told = [f"{c}\nseen as {name}, {p:.0%}" for c, name, p in zip(captions, names, sure.tolist(), strict=True)]
+        return draw_cams(self.task.pixels(images).cpu(), {"Grad-CAM": grad_cam(self.network, images)}, told)
 
     def _captions(self, batch: Sequence[Any]) -> list[str]:
         if isinstance(batch[1], Tensor):

@@ -220,7 +220,7 @@ def draw_sweep(rows: Sequence[Mapping[str, Any]], plan: Sweep) -> Figure | None:
         for row, left, up in zip(done, x, y, strict=True):
             text = ", ".join(f"{name.rpartition('.')[2]}={row[name]}" for name in varied)
             axes.annotate(text, (left, up), (4, 4), textcoords="offset points", fontsize=8)
-    axes.set_title(f"{plan.path.stem}: {', '.join(name.rpartition('.')[2] for name in varied)}")
+    axes.set_title(": ".join([plan.path.stem, *([", ".join(n.rpartition(".")[2] for n in varied)] if varied else [])]))
     axes.set_xlabel("compressed ratio: parameters saved against the plain network (%)")
     axes.set_ylabel(f"{plan.metric} (%)" if percent else plan.metric)
     axes.yaxis.set_major_locator(MaxNLocator(6))
