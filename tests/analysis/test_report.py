@@ -39,9 +39,7 @@ def test_without_a_pattern_the_names_alone_are_listed(monkeypatch):
 
 
 def test_models_that_do_not_exist():
-    with pytest.raises(
-        ValueError, match=r"no network matches: .*did you mean 'torchvision:resnet50'"
-    ):
+    with pytest.raises(ValueError, match=r"no network matches: .*did you mean 'torchvision:resnet50'"):
         models_rows("resnet5o")
     assert [row["backbone"] for row in models_rows("resnet50")] == ["torchvision:resnet50"]
 
