@@ -35,7 +35,7 @@ def finish(stats: Stats) -> list[v2.Transform]:
 
 
 class RandomPart(v2.RandomResizedCrop):
-    """v2.RandomResizedCrop, which draws the same of a `EncodedImage` before that is decoded."""
+    """v2.RandomResizedCrop, which draws the same of an `EncodedImage` before that is decoded."""
 
     def forward(self, *inputs: Any) -> Any:
         """Takes (image, target)."""
@@ -48,7 +48,7 @@ class RandomPart(v2.RandomResizedCrop):
 
 
 class ShorterSide(v2.Resize):
-    """v2.Resize of the shorter side, which takes a `EncodedImage` too."""
+    """v2.Resize of the shorter side, which takes an `EncodedImage` too."""
 
     def forward(self, *inputs: Any) -> Any:
         """Takes (image, target)."""

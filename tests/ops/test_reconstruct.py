@@ -256,7 +256,10 @@ def test_compiles_into_one_graph(training):
 # ---- kernels of our own --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton, which comes with torch on Linux")
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton, which comes with torch on Linux")
+
+
+@needs_triton
 def test_kernels_through_tritons_interpreter():
     file = Path(__file__).with_name("test_reconstruct_triton.py")
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", str(file)]
@@ -266,7 +269,7 @@ def test_kernels_through_tritons_interpreter():
     assert re.search(r"^2\d passed", ran.stdout, re.MULTILINE), ran.stdout
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton, which comes with torch on Linux")
+@needs_triton
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 @pytest.mark.parametrize("name", ["_forward", "_backward"])
 def test_kernels_compile_for_a_gpu_that_is_not_here(name, tmp_path, monkeypatch):
