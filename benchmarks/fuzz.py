@@ -162,6 +162,8 @@ def _cli(content: bytes) -> object:
     # What would train, time or write is left out; the others only print.
     ends = {"sweep": ["--dry_run", "--count=1"], "models": [], "profile": [], "explain": [], "export": []}
     lightning = {verb: ["--print_config"] for verb in ("fit", "validate", "test", "predict")}
+    if verb == "models" and set("*?[").intersection("".join(words)):
+        return None
     return _typed([*words, *(lightning | ends)[verb]]) if verb in lightning | ends else None
 
 

@@ -20,8 +20,8 @@ def models_rows(pattern: str | None = None) -> list[dict[str, object]]:
     A progress bar appears on a terminal's stderr when it takes more than a second.
 
     Args:
-        pattern: As in `list_backbones`; None for our own and torchvision's, which are not counted then: that takes a
-            minute, and "*" does it.
+        pattern: As in `list_backbones`; None or "" for our own and torchvision's, which are not counted then: that
+            takes a minute, and "*" does it.
 
     Raises:
         ValueError: If no backbone matches; the message gives the nearest names.
@@ -36,7 +36,7 @@ def models_rows(pattern: str | None = None) -> list[dict[str, object]]:
     for name in tqdm(names, desc="counting", unit=" networks", leave=False, delay=1, disable=None):
         size, classes = made_for(name)
         counts = {}
-        if pattern is not None:
+        if pattern:
             model = create_backbone(name, num_classes=classes, without_weights=True)
             counts = {"params": params(model), "macs": conventions.macs(conventions.operations(model, size))}
         rows.append({"backbone": name, **counts, "image": f"{size}x{size}", "classes": classes})
@@ -49,7 +49,7 @@ def models_table(pattern: str | None = None, style: TableStyle = "table") -> str
     Raises:
         ValueError: As `models_rows`, or if `style` is unknown.
     """
-    if pattern is not None or style != "table":
+    if pattern or style != "table":
         return format_table(models_rows(pattern), style)
     names = list_backbones()
     libraries = {"ours": [n for n in names if ":" not in n], "torchvision": [n for n in names if ":" in n]}
