@@ -159,7 +159,7 @@ def _cli(content: bytes) -> object:
     # A system hands over no text with a zero in it.
     words = content.decode("utf-8", "surrogateescape").replace("\0", "").splitlines()[:20]
     verb = words[0] if words else ""
-    # What would train, time or write is left out; the others only print.
+    # What would train, time, write or count a thousand networks is left out; the others only print.
     ends = {"sweep": ["--dry_run", "--count=1"], "models": [], "profile": [], "explain": [], "export": []}
     lightning = {verb: ["--print_config"] for verb in ("fit", "validate", "test", "predict")}
     if verb == "models" and set("*?[").intersection("".join(words)):
