@@ -20,10 +20,19 @@ from torch.utils._pytree import tree_iter, tree_map
 
 from slimconv_lit.lookup import closest
 from slimconv_lit.ops import Operator, OperatorFactory, OperatorLike, SlimConv2d, resolve_operator
-from slimconv_lit.ops.base import pair, same_padding
+from slimconv_lit.ops.base import check_arguments, own_arguments, pair, same_padding
 from slimconv_lit.surgery.graph import ChannelGraph, NotPrivateError, Private
 from slimconv_lit.surgery.resize import Edits, ResizeError, Role, check_resize, host_forward, without_norm
-from slimconv_lit.surgery.trace import Inputs, NothingDrawn, example_inputs, quiet_pass, shadow_of, skip_norms, trace
+from slimconv_lit.surgery.trace import (
+    Inputs,
+    NothingDrawn,
+    check_network,
+    example_inputs,
+    quiet_pass,
+    shadow_of,
+    skip_norms,
+    trace,
+)
 from slimconv_lit.tables import format_table
 
 Patterns: TypeAlias = str | Sequence[str] | None
@@ -129,8 +138,9 @@ def slimify(
         The report; `report.model` is `model`.
 
     Raises:
-        ValueError: As `substitute`.
+        ValueError, TypeError: As `substitute`.
     """
+    check_arguments("slimify", slim_conv, own_arguments(SlimConv2d) | slimify.__kwdefaults__.keys())
     operator = functools.partial(SlimConv2d, k=k, **slim_conv)
     return substitute(model, operator, include, exclude, min_channels=min_channels, example_input=example_input)
 
@@ -172,7 +182,9 @@ def substitute(
     Raises:
         ValueError: If `operator` names no operator or its arguments can fit no convolution (k=1.5), or an `include`
             pattern matches no spatial convolution.
+        TypeError: If `model` is no network, or `operator` has an argument that its class has not.
     """
+    check_network(model)
     factory = resolve_operator(operator)
     with torch.device("meta"):
         # Arguments that fail here fail everywhere; better one error than a report in which all rows say the same.

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from slimconv_lit import SlimConv2d, slimify, substitute
+from slimconv_lit import SlimConv2d, fuse, prune, slimify, substitute
 from slimconv_lit.ops import GhostConv2d
 
 
@@ -231,9 +231,31 @@ def test_an_operator_by_class_partial_name_or_plain_values():
 def test_arguments_that_fit_no_convolution_raise_and_change_nothing():
     model = Net(Bottleneck())
     before = snapshot(model)
-    with pytest.raises(ValueError, match=r"k=1\.5.*4/3"):
-        slimify(model, k=1.5)
+    for mistake, answer in (
+        ({"k": 1.5}, r"k=1\.5.*4/3"),
+        ({"k": None}, "k=None is neither a number nor a fraction"),
+        ({"arangement": "none"}, r"slimify takes no arangement='none'; did you mean 'arrangement'\?"),
+        ({"min_chanels": 8}, r"slimify takes no min_chanels=8; did you mean 'min_channels'"),
+        ({"in_channels": 8}, "slimify takes no in_channels=8; "),
+    ):
+        with pytest.raises((ValueError, TypeError), match=answer):
+            slimify(model, **mistake)
+    for operator, answer in (
+        (functools.partial(SlimConv2d, kk=2), r"SlimConv2d takes no kk=2; did you mean 'k'\?"),
+        ({"class_path": "GhostConv2d", "init_args": {"ss": 3}}, r"GhostConv2d takes no ss=3; did you mean 's'\?"),
+        (GhostConv2d(8, 8), r"operator=GhostConv2d\( is neither an operator class"),
+    ):
+        with pytest.raises(TypeError, match=answer):
+            substitute(model, operator)
     assert same(model, before)
+
+
+@pytest.mark.parametrize("rewrite", [slimify, lambda model: prune(model, 0.5), fuse])
+def test_what_is_no_network(rewrite):
+    with pytest.raises(TypeError, match=r"model='resnet18' is not a network .*; create_backbone\(name\) or "):
+        rewrite("resnet18")
+    with pytest.raises(TypeError, match="call it first, and hand over what it returns"):
+        rewrite(Net)
 
 
 class Returns(nn.Module):
