@@ -90,11 +90,15 @@ def test_replaces_the_3x3_and_narrows_its_readers_and_gate(gated):
 
 
 def test_the_report_prints_a_table_with_every_spatial_convolution():
-    report = slimify(Net(Bottleneck(), Bottleneck(groups=32, stride=2)))
+    model = Net(Bottleneck(), Bottleneck(groups=32, stride=2))
+    was = sum(p.numel() for p in model.parameters())
+    report = slimify(model)
+    now = sum(p.numel() for p in model.parameters())
     text = str(report)
     for words in ("stem", "Conv2d 3->64 3x3", "fewer than min_channels=32", "blocks.1.conv2", "depthwise",
-                  "SlimConv2d 32->24", "narrowed blocks.1.conv3", "2 of 3 spatial convolutions replaced"):  # fmt: skip
+                  "SlimConv2d 32->24", "narrowed blocks.1.conv3"):  # fmt: skip
         assert words in text
+    assert text.endswith(f"\n2 of 3 spatial convolutions replaced; params {was:,} -> {now:,} ({now / was:.3f})")
     assert list(report.left) == ["stem"]
 
 
@@ -149,6 +153,10 @@ def test_never_two_in_a_row():
     assert "restores the width" in report.left["2.0"]
     assert (model[2][0].in_channels, model[2][0].out_channels) == (48, 128)
     assert trains(model)
+    again = slimify(model)
+    assert again.replaced == []
+    assert again.left["4.0"] == "reads 3.0, which is slimmed, and restores the width"
+    assert "\n0 of 3 spatial convolutions replaced; 2 operators were there already; params 235,734" in str(again)
 
 
 def test_a_linear_layer_behind_a_flattened_map_is_narrowed_position_by_position():
