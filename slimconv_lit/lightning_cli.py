@@ -470,16 +470,16 @@ def describe_network(hparams: Mapping[str, Any]) -> str:
     return f"{hparams['backbone']} + {operator['class_path'].rpartition('.')[2]}{shown}"
 
 
-def summary(results: Mapping[str, Any], monitor: str) -> dict[str, Any]:
-    """`results` for a table: of the test's metrics the one that checkpoints are chosen by, in percent."""
-    score = f"test/{monitor.partition('/')[2]}"
-    kept = {key: value for key, value in results.items() if key == score or not key.startswith("test/")}
-    return {(f"{k} %" if k == score else k): (round(100 * v, 2) if k == score else v) for k, v in kept.items()}
+def summary(results: Mapping[str, Any], *monitors: str) -> dict[str, Any]:
+    """`results` for a table: of the test's metrics those that checkpoints are chosen by, in percent."""
+    scores = {f"test/{monitor.partition('/')[2]}" for monitor in monitors}
+    kept = {key: value for key, value in results.items() if key in scores or not key.startswith("test/")}
+    return {(f"{k} %" if k in scores else k): (round(100 * v, 2) if k in scores else v) for k, v in kept.items()}
 
 
-def results_table(rows: Sequence[Mapping[str, Any]], monitor: str) -> str:
+def results_table(rows: Sequence[Mapping[str, Any]], *monitors: str) -> str:
     """Results for a terminal. Those of limited batches have a star, which a line below the table explains."""
-    shown = [summary(row, monitor) for row in rows]
+    shown = [summary(row, *monitors) for row in rows]
     limits = [row.pop("limited", "") for row in shown]
     for row, limit in zip(shown, limits, strict=True):
         row["network"] += " *" * bool(limit)

@@ -179,7 +179,7 @@ def create_backbone(
         model = FeatureMaps(model, [end.output[1] for end in kept.values()], list(kept))
     if report is not None:
         # Not the report itself: the network and it would keep each other in memory.
-        model.substitution = Substitution(report.rows)  # type: ignore[assignment]
+        model.substitution = Substitution(report.rows, report.operators, report.params)  # type: ignore[assignment]
     return model
 
 

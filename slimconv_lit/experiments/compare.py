@@ -9,18 +9,19 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from slimconv_lit.callbacks.run_folder import new_run_folder
-from slimconv_lit.experiments.report import report
+from slimconv_lit.experiments.report import open_runs, write_page
 from slimconv_lit.lightning_cli import results_table, run
 from slimconv_lit.lookup import find_config
 from slimconv_lit.ops.slim_conv import folds_of
 from slimconv_lit.tables import format_table
+from slimconv_lit.tasks import BaseTask
 from slimconv_lit.usage import UsageError
 
 _RATIOS = ("params", "macs", "seconds")
 
 
 def compare(argv: Sequence[str]) -> Path:
-    """Runs `compare`: with run folders, a page about them; with `--config`, a plain and slim training first.
+    """Runs `compare`: with run folders, a table and a page about them; with `--config`, plain and slim training first.
 
     Returns:
         The page, or the folder with all that came of the training.
@@ -28,24 +29,36 @@ def compare(argv: Sequence[str]) -> Path:
     Raises:
         UsageError: If an option is wrong.
     """
-    return _compare_runs(argv) if argv and not argv[0].startswith("-") else _train_and_compare(argv)
+    options = {word.partition("=")[0] for word in argv}
+    trains = not argv or (argv[0].startswith("-") and options & {"--config", "--k", "-h", "--help"})
+    return _train_and_compare(argv) if trains else _compare_runs(argv)
 
 
 def _compare_runs(argv: Sequence[str]) -> Path:
     parser = argparse.ArgumentParser(
         prog="python -m slimconv_lit compare",
-        description="Put runs that are there side by side, in one HTML page.",
+        description="Put runs that are there side by side, in a table and in one HTML page.",
         allow_abbrev=False,
     )
     parser.add_argument("runs", nargs="+", help="run folders; the others are compared with the first")
+    parser.add_argument("--run_root", default="runs", help="folder in which they are looked for too (default: runs)")
     parser.add_argument("--output", default="comparison.html", help="the page (default: comparison.html)")
     parser.add_argument("--rounds", type=int, default=15, help="timed passes of each network; 0 for none (default: 15)")
     own = parser.parse_args(argv)
     if Path(own.output).suffix != ".html":
         raise UsageError(f"--output: the page is an .html file, not {own.output!r}")
-    target = report(own.runs, own.output, own.rounds)
-    print(f"in {target}")
-    return target
+    runs = open_runs(own.runs, Path(own.run_root))
+    # Of all tasks, for nothing keeps runs of different ones apart.
+    monitors = [task.monitor for task in BaseTask.__subclasses__()]
+    first = runs[0].results
+    rows = [
+        {"run": run.label, "network": "not tested"} | dict(run.results) | ratios(run.results, first, "first")
+        for run in runs
+    ]
+    print(f"{results_table(rows, *monitors)}\n", flush=True)
+    write_page(runs, Path(own.output), own.rounds)
+    print(f"in {own.output}: what differs, curves, pictures")
+    return Path(own.output)
 
 
 def _train_and_compare(argv: Sequence[str]) -> Path:
@@ -59,7 +72,7 @@ def _train_and_compare(argv: Sequence[str]) -> Path:
     parser = argparse.ArgumentParser(
         prog="python -m slimconv_lit compare",
         description="Train a config plain and with SlimConv2d for each k, and compare. Other options go to fit. "
-        "With run folders (`compare runs/A runs/B`) nothing is trained.",
+        "With run folders (`compare runs/A runs/B`) nothing is trained; `compare runs/A --help` has its options.",
         allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, help="what to train")
@@ -84,7 +97,7 @@ def _train_and_compare(argv: Sequence[str]) -> Path:
         cli = run("fit", [*common, "--trainer.enable_model_summary=false", *fit_options, *options])
         if cli.run_folder is None or not cli.results:
             raise UsageError("compare needs the test after each fit: no fast_dev_run, no --test_after=false")
-        rows.append(cli.results | ratios(cli.results, rows[0] if rows else cli.results))
+        rows.append(cli.results | ratios(cli.results, rows[0] if rows else cli.results, "plain"))
         curves[cli.results["network"]] = cli.run_folder.path / "metrics.csv"
 
     (folder / "comparison.csv").write_text(format_table(rows, "csv") + "\n")
@@ -94,9 +107,10 @@ def _train_and_compare(argv: Sequence[str]) -> Path:
     return folder
 
 
-def ratios(results: Mapping[str, Any], plain: Mapping[str, Any]) -> dict[str, float]:
-    """What `results` costs, as multiples of `plain`."""
-    return {f"{key} / plain": round(results[key] / plain[key], 3) for key in _RATIOS}
+def ratios(results: Mapping[str, Any], first: Mapping[str, Any], name: str) -> dict[str, float]:
+    """What `results` costs, as multiples of what those called `name` cost, as far as both are known."""
+    known = [key for key in _RATIOS if key in results and first.get(key)]
+    return {f"{key} / {name}": round(results[key] / first[key], 3) for key in known}
 
 
 def read_curves(metrics: Path, score: str) -> dict[str, list[tuple[int, float]]]:

@@ -29,6 +29,7 @@ _INK = "#010203"
 _COLOURS = ("#2a78b8", "#d9822b", "#3a9d5d", "#b8486c", "#7a5bb5", "#8a7a4b")
 # Metrics that say the same as another, or are no curve.
 _NO_CURVES = {"epoch", "step", "train/loss_step"}
+_EXAMPLE = "name a folder such as runs/quickstart/2026-01-31_12-00-00"
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
@@ -70,39 +71,48 @@ class Run:
     pictures: Mapping[str, Path]
 
 
-def report(folders: Sequence[str], output: str, rounds: int) -> Path:
-    """Writes the page about the runs in `folders` to the file `output`.
+def open_runs(folders: Sequence[str], root: Path) -> list[Run]:
+    """The runs in `folders`, each with a label of its own; the first is what the others are compared to.
 
     Args:
-        folders: Run folders, or folders of runs (the newest run counts). The first is what the others are compared to.
-        output: The HTML file to write.
-        rounds: How often each network's forward pass is timed; 0 to leave the clock out.
+        folders: Run folders, or folders of runs (the newest run counts).
+        root: Folder of all runs; what is not found from the current folder is looked for there.
 
     Raises:
         UsageError: If a folder holds no run.
     """
-    paths = [find_run(folder) for folder in folders]
-    runs = [read_run(path, label) for path, label in zip(paths, _labels(paths), strict=True)]
+    paths = [find_run(folder, root) for folder in folders]
+    return [read_run(path, label) for path, label in zip(paths, _labels(paths), strict=True)]
+
+
+def write_page(runs: Sequence[Run], target: Path, rounds: int) -> None:
+    """Writes the page about `runs`.
+
+    Args:
+        runs: The first is what the others are compared to.
+        target: The HTML file to write.
+        rounds: How often each network's forward pass is timed; 0 to leave the clock out.
+    """
     timed = _latencies(runs, rounds) if rounds else {}
-    target = Path(output)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(page(runs, timed), encoding="utf-8")
-    return target
 
 
-def find_run(folder: str) -> Path:
-    """The run folder that `folder` is, or the newest of those below it.
+def find_run(folder: str, root: Path) -> Path:
+    """The run folder that `folder` is, or the newest of those below it; from the current folder, else from `root`.
 
     Raises:
         UsageError: If there is none.
     """
-    path = Path(folder)
+    path = next((path for path in (Path(folder), root / folder) if path.is_dir()), None)
+    if path is None:
+        elsewhere = "" if Path(folder).is_absolute() else f", and nor is {str(root / folder)!r}"
+        raise UsageError(f"compare: {folder!r} is not a folder{elsewhere}; {_EXAMPLE}")
     if (path / "config.yaml").is_file():
         return path
     runs = sorted(file.parent for file in path.glob("*/config.yaml"))
     if not runs:
-        problem = "holds no run: no config.yaml in it or one level below" if path.is_dir() else "is not a folder"
-        raise UsageError(f"compare: {folder!r} {problem}; name a folder such as runs/quickstart/2026-01-31_12-00-00")
+        raise UsageError(f"compare: {str(path)!r} holds no run: no config.yaml in it or one level below; {_EXAMPLE}")
     return runs[-1]
 
 

@@ -7,8 +7,9 @@ after it belongs to the host. It writes `op.out_channels` channels, which may di
 from __future__ import annotations
 
 import functools
+import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from fractions import Fraction
 from typing import Any, TypeAlias
 
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from slimconv_lit.lookup import closest
+
+_HOST_ARGUMENTS = ("in_channels", "out_channels", "kernel_size", "stride", "dilation", "groups", "padding")
 
 Size: TypeAlias = int | tuple[int, int]
 """One number for both spatial axes, or one for each (height, width)."""
@@ -87,7 +90,7 @@ def fraction(argument: str, value: float | str) -> Fraction:
     """
     try:
         return Fraction(value).limit_denominator(10_000)
-    except (ValueError, ZeroDivisionError, OverflowError):
+    except (ValueError, TypeError, ZeroDivisionError, OverflowError):
         raise ValueError(f"{argument}={value!r} is neither a number nor a fraction such as '1/8'") from None
 
 
@@ -116,6 +119,22 @@ def norm_of_pooled(norm: nn.Module, x: Tensor) -> Tensor:
     return norm(x)
 
 
+def own_arguments(make: Callable[..., Any]) -> set[str]:
+    """The arguments of an operator class or function, less those that it takes from the convolution it replaces."""
+    return set(inspect.signature(make).parameters) - set(_HOST_ARGUMENTS)
+
+
+def check_arguments(what: str, given: Mapping[str, Any], known: Collection[str]) -> None:
+    """Says of an argument that `what` has not got its value and the nearest names, where Python says the name alone.
+
+    Raises:
+        TypeError: If one of `given` is not among the `known`.
+    """
+    for name, value in given.items():
+        if name not in known:
+            raise TypeError(f"{what} takes no {name}={value!r}; {closest(name, known)}")
+
+
 def operator_classes() -> dict[str, type[Operator]]:
     """Every operator class that has been imported, the user's own too, by class name."""
     found: dict[str, type[Operator]] = {}
@@ -132,16 +151,29 @@ def resolve_operator(operator: OperatorLike) -> OperatorFactory:
 
     Raises:
         ValueError: If it names no known operator class; the message gives the nearest names.
+        TypeError: If a partial or plain values have an argument that the class has not, or it is nothing of the kind.
     """
     if isinstance(operator, str):
         operator = {"class_path": operator}
-    if not isinstance(operator, Mapping):
-        return operator
-    name = str(operator["class_path"]).rpartition(".")[2]
+    if isinstance(operator, Mapping):
+        operator = _from_values(operator)
+    if not callable(operator) or isinstance(operator, nn.Module):
+        shown = repr(operator).partition("\n")[0]
+        raise TypeError(f"operator={shown} is neither an operator class, nor a partial or the name of one")
+    if isinstance(operator, functools.partial):
+        make = operator.func
+        # What has `**` hands its arguments on, who knows where.
+        if all(p.kind != p.VAR_KEYWORD for p in inspect.signature(make).parameters.values()):
+            check_arguments(getattr(make, "__name__", str(make)), operator.keywords, own_arguments(make))
+    return operator
+
+
+def _from_values(values: Mapping[str, Any]) -> OperatorFactory:
+    name = str(values["class_path"]).rpartition(".")[2]
     classes = operator_classes()
     if name not in classes:
         raise ValueError(f"operator: there is no {name!r}; {closest(name, classes)}")
-    return functools.partial(classes[name], **operator.get("init_args", {}))
+    return functools.partial(classes[name], **values.get("init_args", {}))
 
 
 def describe_operator(operator: OperatorLike) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def folds_of(k: float | str) -> int:
     """
     try:
         folds = float(Fraction(k.replace(" ", ""))) * 1.5 if isinstance(k, str) else k * 1.5
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, TypeError, ZeroDivisionError):
         raise ValueError(f"k={k!r} is neither a number nor a fraction such as '8/3'") from None
     # Two typed decimals (k=2.67) are as near to 8/3 as anyone means to be.
     if not math.isfinite(folds) or folds < 1.5 or abs(folds - round(folds)) > 0.02:

@@ -28,7 +28,7 @@ from slimconv_lit.surgery.masks import apart, hooked, random_inputs, written
 from slimconv_lit.surgery.prune import SIZES
 from slimconv_lit.surgery.resize import Edits, host_forward, without_norm
 from slimconv_lit.surgery.substitute import one_line, shared_layers
-from slimconv_lit.surgery.trace import NORMS, Inputs, example_inputs
+from slimconv_lit.surgery.trace import NORMS, Inputs, check_network, example_inputs
 from slimconv_lit.tables import format_table
 
 # How far the outputs may be apart, relative to the largest, in roundings of their type: 1e-5 in float32.
@@ -100,7 +100,9 @@ def fuse(model: nn.Module, example_input: Any = None) -> FuseReport:
     Raises:
         ValueError: If `model` or a part of it is in training mode, it does not run, or the proof fails; the message
             names the first layer that differs.
+        TypeError: If `model` is no network.
     """
+    check_network(model)
     for name, module in model.named_modules():
         if module.training:
             which = f"the network's {name}" if name else "the network"

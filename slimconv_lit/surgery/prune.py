@@ -29,7 +29,7 @@ from slimconv_lit.surgery.masks import Flags, difference, first_difference, mask
 from slimconv_lit.surgery.plan import Plan, follow_plan, make_plan, note_plan
 from slimconv_lit.surgery.resize import Edits
 from slimconv_lit.surgery.substitute import Patterns, as_patterns, one_line
-from slimconv_lit.surgery.trace import Inputs, example_inputs
+from slimconv_lit.surgery.trace import Inputs, check_network, example_inputs
 from slimconv_lit.tables import format_table
 
 # Small, for the network really runs on them; larger ones for networks that need them.
@@ -164,7 +164,9 @@ def prune(
     Raises:
         ValueError: If `ratio`, `min_channels` or `max_ratio_per_layer` is out of range, the network has no batch norm
             with scales or cannot be traced, or the proof fails; the message names the first layer that differs.
+        TypeError: If `model` is no network.
     """
+    check_network(model)
     if not 0 <= ratio < 1:
         raise ValueError(f"ratio={ratio} is not at least 0 and below 1")
     if min_channels < 1:

@@ -16,14 +16,24 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_iter, tree_map
 
 from slimconv_lit.lookup import closest
 from slimconv_lit.ops import Operator, OperatorFactory, OperatorLike, SlimConv2d, resolve_operator
-from slimconv_lit.ops.base import pair, same_padding
+from slimconv_lit.ops.base import check_arguments, own_arguments, pair, same_padding
 from slimconv_lit.surgery.graph import ChannelGraph, NotPrivateError, Private
 from slimconv_lit.surgery.resize import Edits, ResizeError, Role, check_resize, host_forward, without_norm
-from slimconv_lit.surgery.trace import Inputs, NothingDrawn, example_inputs, quiet_pass, shadow_of, skip_norms, trace
+from slimconv_lit.surgery.trace import (
+    Inputs,
+    NothingDrawn,
+    check_network,
+    example_inputs,
+    quiet_pass,
+    shadow_of,
+    skip_norms,
+    trace,
+)
 from slimconv_lit.tables import format_table
 
 Patterns: TypeAlias = str | Sequence[str] | None
@@ -55,9 +65,13 @@ class Substitution:
 
     Attributes:
         rows: One for each spatial convolution, in the order in which they run.
+        operators: How many operators were in the network before.
+        params: How many parameters the network had before and has now.
     """
 
     rows: tuple[Row, ...]
+    operators: int
+    params: tuple[int, int]
 
     @property
     def replaced(self) -> list[str]:
@@ -71,6 +85,9 @@ class Substitution:
 
     def __str__(self) -> str:
         head = f"{len(self.replaced)} of {len(self.rows)} spatial convolutions replaced"
+        head += f"; {self.operators} operators were there already" if self.operators else ""
+        before, now = self.params
+        head += f"; params {before:,}" + (f" -> {now:,} ({now / before:.3f})" if now != before else "")
         if not self.rows:
             return head
         rows = [{"layer": r.layer, "was": r.was, "now": r.now or "-", "why": r.why} for r in self.rows]
@@ -129,8 +146,9 @@ def slimify(
         The report; `report.model` is `model`.
 
     Raises:
-        ValueError: As `substitute`.
+        ValueError, TypeError: As `substitute`.
     """
+    check_arguments("slimify", slim_conv, own_arguments(SlimConv2d) | slimify.__kwdefaults__.keys())
     operator = functools.partial(SlimConv2d, k=k, **slim_conv)
     return substitute(model, operator, include, exclude, min_channels=min_channels, example_input=example_input)
 
@@ -172,14 +190,18 @@ def substitute(
     Raises:
         ValueError: If `operator` names no operator or its arguments can fit no convolution (k=1.5), or an `include`
             pattern matches no spatial convolution.
+        TypeError: If `model` is no network, or `operator` has an argument that its class has not.
     """
+    check_network(model)
     factory = resolve_operator(operator)
     with torch.device("meta"):
         # Arguments that fail here fail everywhere; better one error than a report in which all rows say the same.
         factory(PROBE_WIDTH, PROBE_WIDTH, 3, 1, 1, 1, None)
     convs = {name: m for name, m in model.named_modules() if _is_spatial(m, pointwise)}
     inside = [name for name, m in model.named_modules() if isinstance(m, Operator)]
+    inside = [name for name in inside if not any(name.startswith(f"{i}.") for i in inside)]
     convs = {n: m for n, m in convs.items() if not any(n.startswith(f"{i}.") for i in inside)}
+    before = _params(model)
     for pattern in as_patterns(include):
         if convs and not any(fnmatchcase(name, pattern) for name in convs):
             raise ValueError(f"include={pattern!r} matches no spatial convolution; {closest(pattern, convs)}")
@@ -190,7 +212,8 @@ def substitute(
         why = f"the network could not be traced: {one_line(error)}"
         # Who does not look at the report would train a plain network.
         warnings.warn(f"nothing was replaced: {why}; an example_input may help", stacklevel=3)
-        return Report(tuple(Row(name, _describe(conv), "", why) for name, conv in convs.items()), model)
+        rows = [Row(name, _describe(conv), "", why) for name, conv in convs.items()]
+        return Report(tuple(rows), len(inside), (before, before), model)
 
     changes: dict[str, _Change] = {}
     reasons: dict[str, str] = {}
@@ -227,7 +250,12 @@ def substitute(
             rows.append(Row(name, was[name], now, f"narrowed {', '.join(narrowed)}" if narrowed else ""))
         else:
             rows.append(Row(name, was[name], "", reasons[name]))
-    return Report(tuple(rows), model)
+    return Report(tuple(rows), len(inside), (before, _params(model)), model)
+
+
+def _params(model: nn.Module) -> int:
+    # Those of lazy layers have no size yet.
+    return sum(p.numel() for p in model.parameters() if not is_lazy(p))
 
 
 # ---- deciding ----------------------------------------------------------------------------------------------------
@@ -328,9 +356,16 @@ def _plan(
         return _Change(name, build, trial, absorbed, Private())
     if width > conv.out_channels:
         raise _LeaveError(f"would write {width} channels where the convolution writes {conv.out_channels}")
-    for slimmed, change in changes.items():
-        if name in change.follow.readers:
-            raise _LeaveError(f"reads {slimmed}, which is slimmed, and restores the width")
+    slim = [layer for layer, change in changes.items() if name in change.follow.readers]
+    # Those of an earlier call too: a second one changes nothing.
+    slim += [
+        layer
+        for layer, space in graph.spaces.items()
+        if isinstance(built := model.get_submodule(layer), type(trial)) and built.out_channels < built.in_channels
+        if any(use.by == name for use in space.uses.values())
+    ]
+    if slim:
+        raise _LeaveError(f"reads {slim[0]}, which is slimmed, and restores the width")
     try:
         follow = graph.private(name)
     except NotPrivateError as error:

@@ -88,6 +88,19 @@ def _like(channels: int, x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
+def check_network(model: object) -> None:
+    """What every door asks first.
+
+    Raises:
+        TypeError: If `model` is no network; the message says what makes one.
+    """
+    if not isinstance(model, nn.Module):
+        hint = "create_backbone(name) or torchvision.models.get_model(name) makes one"
+        # A class, or a function such as torchvision.models.resnet50.
+        hint = "call it first, and hand over what it returns" if callable(model) else hint
+        raise TypeError(f"model={repr(model)[:80]} is not a network (torch.nn.Module); {hint}")
+
+
 def example_inputs(model: nn.Module, example: Any = None, sizes: Sequence[int] = SIZES) -> Iterator[Inputs]:
     """The inputs to trace `model` with: the caller's, or images of common sizes, the likeliest first.
 

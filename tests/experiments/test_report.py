@@ -111,8 +111,15 @@ def test_real_runs_from_the_command_line(in_tmp, capsys):
     for name, operator in (("plain", "null"), ("slim", "SlimConv2d")):
         words = ["--config=quickstart.yaml", *SHORT, f"--model.operator={operator}", f"--name={name}"]
         assert main(["fit", *words]) == 0
-    assert main(["compare", "runs/plain", "runs/slim", "--output=out/page.html", "--rounds=3"]) == 0
-    assert "in out/page.html" in capsys.readouterr().out
+    capsys.readouterr()
+    assert main(["compare", "--rounds=3", "runs/plain", "slim", "--run_root=runs", "--output=out/page.html"]) == 0
+    told, page = capsys.readouterr().out.rstrip().rsplit("\n", 1)
+    assert page.startswith("in out/page.html")
+    header, _, *networks, star = told.splitlines()
+    assert re.split(" {2,}", header)[2:5] == ["test/top1 %", "params", "macs"]
+    assert re.search(r"^plain/\S+ +cifar_resnet20 \* .* 269,434 .* 1\.000", networks[0])
+    assert re.search(r"^slim/\S+ +cifar_resnet20 \+ SlimConv2d k=1\.333 \* .* 130,896 .* 0\.486", networks[1])
+    assert star == "* of a part of the data only: limit_train_batches=2"
     rows = {row[0]: row[1:] for row in Text((in_tmp / "out" / "page.html").read_text()).rows}
     assert rows["network"] == ["cifar_resnet20", "cifar_resnet20 + SlimConv2d k=1.333"]
     text = (in_tmp / "out" / "page.html").read_text()
@@ -128,7 +135,7 @@ def test_mistakes(in_tmp, capsys):
     assert main(["compare", "empty"]) == 2
     assert "'empty' holds no run" in capsys.readouterr().err
     assert main(["compare", "nowhere"]) == 2
-    assert "'nowhere' is not a folder" in capsys.readouterr().err
+    assert "'nowhere' is not a folder, and nor is 'runs/nowhere'" in capsys.readouterr().err
     folder = make_run(in_tmp / "a")
     (folder / "results.json").write_text("{")
     assert main(["compare", "a"]) == 2

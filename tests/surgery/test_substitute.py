@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from slimconv_lit import SlimConv2d, slimify, substitute
+from slimconv_lit import SlimConv2d, fuse, prune, slimify, substitute
 from slimconv_lit.ops import GhostConv2d
 
 
@@ -90,11 +90,15 @@ def test_replaces_the_3x3_and_narrows_its_readers_and_gate(gated):
 
 
 def test_the_report_prints_a_table_with_every_spatial_convolution():
-    report = slimify(Net(Bottleneck(), Bottleneck(groups=32, stride=2)))
+    model = Net(Bottleneck(), Bottleneck(groups=32, stride=2))
+    was = sum(p.numel() for p in model.parameters())
+    report = slimify(model)
+    now = sum(p.numel() for p in model.parameters())
     text = str(report)
     for words in ("stem", "Conv2d 3->64 3x3", "fewer than min_channels=32", "blocks.1.conv2", "depthwise",
-                  "SlimConv2d 32->24", "narrowed blocks.1.conv3", "2 of 3 spatial convolutions replaced"):  # fmt: skip
+                  "SlimConv2d 32->24", "narrowed blocks.1.conv3"):  # fmt: skip
         assert words in text
+    assert text.endswith(f"\n2 of 3 spatial convolutions replaced; params {was:,} -> {now:,} ({now / was:.3f})")
     assert list(report.left) == ["stem"]
 
 
@@ -149,6 +153,10 @@ def test_never_two_in_a_row():
     assert "restores the width" in report.left["2.0"]
     assert (model[2][0].in_channels, model[2][0].out_channels) == (48, 128)
     assert trains(model)
+    again = slimify(model)
+    assert again.replaced == []
+    assert again.left["4.0"] == "reads 3.0, which is slimmed, and restores the width"
+    assert "\n0 of 3 spatial convolutions replaced; 2 operators were there already; params 235,734" in str(again)
 
 
 def test_a_linear_layer_behind_a_flattened_map_is_narrowed_position_by_position():
@@ -231,9 +239,31 @@ def test_an_operator_by_class_partial_name_or_plain_values():
 def test_arguments_that_fit_no_convolution_raise_and_change_nothing():
     model = Net(Bottleneck())
     before = snapshot(model)
-    with pytest.raises(ValueError, match=r"k=1\.5.*4/3"):
-        slimify(model, k=1.5)
+    for mistake, answer in (
+        ({"k": 1.5}, r"k=1\.5.*4/3"),
+        ({"k": None}, "k=None is neither a number nor a fraction"),
+        ({"arangement": "none"}, r"slimify takes no arangement='none'; did you mean 'arrangement'\?"),
+        ({"min_chanels": 8}, r"slimify takes no min_chanels=8; did you mean 'min_channels'"),
+        ({"in_channels": 8}, "slimify takes no in_channels=8; "),
+    ):
+        with pytest.raises((ValueError, TypeError), match=answer):
+            slimify(model, **mistake)
+    for operator, answer in (
+        (functools.partial(SlimConv2d, kk=2), r"SlimConv2d takes no kk=2; did you mean 'k'\?"),
+        ({"class_path": "GhostConv2d", "init_args": {"ss": 3}}, r"GhostConv2d takes no ss=3; did you mean 's'\?"),
+        (GhostConv2d(8, 8), r"operator=GhostConv2d\( is neither an operator class"),
+    ):
+        with pytest.raises(TypeError, match=answer):
+            substitute(model, operator)
     assert same(model, before)
+
+
+@pytest.mark.parametrize("rewrite", [slimify, lambda model: prune(model, 0.5), fuse])
+def test_what_is_no_network(rewrite):
+    with pytest.raises(TypeError, match=r"model='resnet18' is not a network .*; create_backbone\(name\) or "):
+        rewrite("resnet18")
+    with pytest.raises(TypeError, match="call it first, and hand over what it returns"):
+        rewrite(Net)
 
 
 class Returns(nn.Module):
