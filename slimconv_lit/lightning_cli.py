@@ -50,8 +50,15 @@ from slimconv_lit.tasks import BaseTask
 from slimconv_lit.tasks.base import BAR_EVERY
 from slimconv_lit.usage import UsageError
 
+
+
+def channels(size: Sequence[int]) -> int:
+    """Of an image of `size` (C, H, W); `--help` shows the name."""
+    return size[0]
+
+
 # Arguments of the task that only the datamodule knows, and where they come from.
-_LINKS = {"num_classes": ("data.num_classes", None), "in_channels": ("data.input_size", lambda size: size[0])}
+_LINKS = {"num_classes": ("data.num_classes", None), "in_channels": ("data.input_size", channels)}
 # Each is for one task, and does nothing in the others.
 _REPORTS = (ClassReport, SegmentationReport, DetectionReport)
 _WRITERS = (PredictionWriter, MaskWriter, DetectionWriter)
