@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from slimconv_lit.data import VOC2007DataModule as VOC2007DataModule
     from slimconv_lit.data import VOC2012AugDataModule as VOC2012AugDataModule
     from slimconv_lit.ops import SlimConv2d as SlimConv2d
+    from slimconv_lit.ops import use_kernel as use_kernel
     from slimconv_lit.surgery import FuseReport as FuseReport
     from slimconv_lit.surgery import PruneReport as PruneReport
     from slimconv_lit.surgery import Report as Report
@@ -51,6 +52,7 @@ _HOMES = {
     "prune": "surgery",
     "slimify": "surgery",
     "substitute": "surgery",
+    "use_kernel": "ops",
 }
 
 __version__ = "0.1.0"

@@ -45,13 +45,21 @@ from slimconv_lit.memory import keep_memory
 from slimconv_lit.ops.reconstruct import Kernel, use_kernel
 from slimconv_lit.preemption import PreemptibleTrainer
 from slimconv_lit.quiet import quieten
-from slimconv_lit.tables import format_table
+from slimconv_lit.results import describe_network, limits_of, of_a_part, results_table
 from slimconv_lit.tasks import BaseTask
 from slimconv_lit.tasks.base import BAR_EVERY
 from slimconv_lit.usage import UsageError
 
+
+def channels(size: Sequence[int]) -> int:
+    """Of an image of `size` (C, H, W); `--help` shows the name."""
+    return size[0]
+
+
 # Arguments of the task that only the datamodule knows, and where they come from.
-_LINKS = {"num_classes": ("data.num_classes", None), "in_channels": ("data.input_size", lambda size: size[0])}
+_LINKS = {"num_classes": ("data.num_classes", None), "in_channels": ("data.input_size", channels)}
+# What a verb reads, in the names of loaders.
+_STAGES = {"fit": ("train", "val", "test"), "validate": ("val",)}
 # Each is for one task, and does nothing in the others.
 _REPORTS = (ClassReport, SegmentationReport, DetectionReport)
 _WRITERS = (PredictionWriter, MaskWriter, DetectionWriter)
@@ -336,8 +344,8 @@ class SlimCLI(LightningCLI):
     def validate(self, **kwargs: Any) -> None:
         """Validates; below Lightning's own table stands what it is of, if that is not all."""
         self.trainer.validate(**kwargs)
-        if (limited := self.limited) and self.trainer.is_global_zero:
-            print(_partial(limited))
+        if (limited := self._limits()) and self.trainer.is_global_zero:
+            print(of_a_part(limited))
 
     def test(self, **kwargs: Any) -> None:
         """Tests, prints the same table as a fit, and writes results.json."""
@@ -357,22 +365,11 @@ class SlimCLI(LightningCLI):
         """What the network has and takes: params and macs."""
         return {"params": params(self.model.model), "macs": macs(*self.model.counted(self.datamodule.input_size))}
 
-    @property
-    def limited(self) -> str:
-        """The limits by which less than all of the data took part: "limit_train_batches=2", or nothing."""
-        found = []
-        for stage in ("train", "val", "test") if self.verb == "fit" else (self.verb.removesuffix("idate"),):
-            limit = getattr(self.trainer, name := f"limit_{stage}_batches")
-            # 1.0 is all of them, and 1 is one batch.
-            if not (isinstance(limit, float) and limit == 1):
-                loaders = getattr(self.datamodule, f"{stage}_dataloader")()
-                sizes = [len(loader) for loader in (loaders if isinstance(loaders, list) else [loaders])]
-                if isinstance(limit, float) or limit < max(sizes):
-                    found.append(f"{name}={limit}")
-        return ", ".join(found)
+    def _limits(self) -> str:
+        return limits_of(self.trainer, self.datamodule, *_STAGES.get(self.verb, (self.verb,)))
 
     def _report(self, tested: Sequence[Mapping[str, float]], **more: float) -> None:
-        limited = self.limited
+        limited = self._limits()
         self.results = {
             "network": describe_network(self.model.hparams),
             **{key: value for of_loader in tested for key, value in of_loader.items()},
@@ -458,36 +455,6 @@ def open_checkpoint(purpose: str, argv: Sequence[str]) -> SlimCLI:
     # As a running verb would: the task asks the datamodule for class names and for its normalisation.
     cli.model.trainer, cli.trainer.datamodule = cli.trainer, cli.datamodule  # type: ignore[attr-defined]
     return cli
-
-
-def describe_network(hparams: Mapping[str, Any]) -> str:
-    """A network in a few words: "cifar_resnet20 + SlimConv2d k=4/3"."""
-    operator = hparams["operator"]
-    if not operator:
-        return str(hparams["backbone"])
-    k = operator["init_args"].get("k", "")
-    shown = f" k={k:.4g}" if isinstance(k, float) else f" k={k}" if k else ""
-    return f"{hparams['backbone']} + {operator['class_path'].rpartition('.')[2]}{shown}"
-
-
-def summary(results: Mapping[str, Any], *monitors: str) -> dict[str, Any]:
-    """`results` for a table: of the test's metrics those that checkpoints are chosen by, in percent."""
-    scores = {f"test/{monitor.partition('/')[2]}" for monitor in monitors}
-    kept = {key: value for key, value in results.items() if key in scores or not key.startswith("test/")}
-    return {(f"{k} %" if k in scores else k): (round(100 * v, 2) if k in scores else v) for k, v in kept.items()}
-
-
-def results_table(rows: Sequence[Mapping[str, Any]], *monitors: str) -> str:
-    """Results for a terminal. Those of limited batches have a star, which a line below the table explains."""
-    shown = [summary(row, *monitors) for row in rows]
-    limits = [row.pop("limited", "") for row in shown]
-    for row, limit in zip(shown, limits, strict=True):
-        row["network"] += " *" * bool(limit)
-    return "\n".join([format_table(shown), *(f"* {_partial(limit)}" for limit in dict.fromkeys(limits) if limit)])
-
-
-def _partial(limited: str) -> str:
-    return f"of a part of the data only: {limited}"
 
 
 def run(verb: str, argv: Sequence[str]) -> SlimCLI:

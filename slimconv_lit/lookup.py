@@ -16,8 +16,10 @@ PRUNING = CONFIGS / "pruning"
 def closest(name: str, names: Iterable[str]) -> str:
     """The end of an error message: the known names nearest to `name`, or all of them when none is near."""
     known = sorted(names)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(repr(n) for n in near)}?" if near else f"known: {', '.join(known)}"
+    lower = {name.lower(): name for name in known}
+    # A slip or a missing end are nearer than that, another word is not.
+    near = [lower[found] for found in difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.65)]
+    return f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(known)}"
 
 
 def find_config(name: str, *folders: Path) -> Path:

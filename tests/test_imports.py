@@ -20,6 +20,7 @@ CLI = {
     "lightning_cli",
     "preemption",
     "quiet",
+    "results",
     "tool_verbs",
     "trust",
     "usage",

@@ -10,9 +10,10 @@ from matplotlib.figure import Figure
 
 from slimconv_lit.callbacks.run_folder import new_run_folder
 from slimconv_lit.experiments.report import open_runs, write_page
-from slimconv_lit.lightning_cli import results_table, run
+from slimconv_lit.lightning_cli import run
 from slimconv_lit.lookup import find_config
 from slimconv_lit.ops.slim_conv import folds_of
+from slimconv_lit.results import results_table
 from slimconv_lit.tables import format_table
 from slimconv_lit.tasks import BaseTask
 from slimconv_lit.usage import UsageError

@@ -18,8 +18,9 @@ from slimconv_lit.backbones.registry import made_for
 from slimconv_lit.callbacks.run_folder import new_run_folder
 from slimconv_lit.experiments.export import check_checkpoint
 from slimconv_lit.heads import WithoutProposals, deeplab_v3plus, faster_rcnn
-from slimconv_lit.lightning_cli import describe_network, open_checkpoint
+from slimconv_lit.lightning_cli import open_checkpoint
 from slimconv_lit.ops import OperatorLike, SlimConv2d, describe_operator, operator_classes
+from slimconv_lit.results import describe_network
 from slimconv_lit.surgery.plan import plans_of
 from slimconv_lit.tasks import DetectionTask, SegmentationTask
 from slimconv_lit.usage import UsageError

@@ -21,8 +21,9 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from slimconv_lit.config_files import checkpoint_config
 from slimconv_lit.experiments import formats
 from slimconv_lit.experiments.formats import FORMATS, Format, Runner
-from slimconv_lit.lightning_cli import SlimCLI, describe_network, open_checkpoint
+from slimconv_lit.lightning_cli import SlimCLI, open_checkpoint
 from slimconv_lit.lookup import closest
+from slimconv_lit.results import describe_network
 from slimconv_lit.surgery import fuse
 from slimconv_lit.tables import format_table
 from slimconv_lit.tasks import DetectionTask, SegmentationTask

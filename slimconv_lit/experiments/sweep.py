@@ -212,9 +212,12 @@ def draw_sweep(rows: Sequence[Mapping[str, Any]], plan: Sweep) -> Figure | None:
     scale, sign = (100 if percent else 1), (1 if plan.maximize else -1)
     x, y = [row["compressed %"] for row in done], [scale * row[plan.metric] for row in done]
     best = _pareto(x, [sign * value for value in y])
-    line: dict[str, Any] = {"color": "#1b7f3b", "linewidth": 1.4, "marker": "o", "markersize": 9}
-    axes.plot([x[i] for i in best], [y[i] for i in best], label="Pareto line", zorder=1, **line)
-    axes.scatter(x, y, s=36, color="#24548f", label="point", zorder=2)
+    others = [i for i in range(len(done)) if i not in best]
+    # One point is no line.
+    label, width = ("Pareto line", 1.4) if len(best) > 1 else ("none is smaller, none better", 0)
+    axes.plot([x[i] for i in best], [y[i] for i in best], "o", ls="-", lw=width, ms=7, color="#1b7f3b", label=label)
+    if others:
+        axes.plot([x[i] for i in others], [y[i] for i in others], "o", ms=6, color="#24548f", label="other points")
     varied = [name for name in plan.parameters if len({str(row[name]) for row in done}) > 1]
     if len(done) <= 24:
         for row, left, up in zip(done, x, y, strict=True):
@@ -227,7 +230,8 @@ def draw_sweep(rows: Sequence[Mapping[str, Any]], plan: Sweep) -> Figure | None:
     axes.margins(0.12)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower right", ncols=2, frameon=False)
+    if len(done) > 1:
+        figure.legend(loc="outside lower right", ncols=2, frameon=False)
     return figure
 
 

@@ -11,6 +11,7 @@ from slimconv_lit.ops.base import (
 from slimconv_lit.ops.compact_conv import CompactConv2d, JoinChannels
 from slimconv_lit.ops.ghost import GhostConv2d
 from slimconv_lit.ops.oct_conv import HighLowConv2d, OctConv2d
+from slimconv_lit.ops.reconstruct import use_kernel
 from slimconv_lit.ops.sc_conv import CRU, SRU, SCConv2d
 from slimconv_lit.ops.select_kernel import SKConv2d
 from slimconv_lit.ops.slim_conv import SlimConv2d
@@ -36,4 +37,5 @@ __all__ = [
     "describe_operator",
     "operator_classes",
     "resolve_operator",
+    "use_kernel",
 ]

@@ -28,9 +28,9 @@ _kernels: Any = None
 
 
 class use_kernel:
-    """Chooses what folds maps on a GPU: from now on or, as `with use_kernel("triton"):`, in a block.
+    """Chooses what folds SlimConv's maps on a GPU: from now on or, as `with use_kernel("triton"):`, in a block.
 
-    On the CPU it is always torch.
+    It holds for all networks of the process; on the CPU it is always torch. The command line has it as `--kernel`.
 
     Args:
         name: "torch", which all begins with, or "triton", the kernels of ours.

@@ -148,7 +148,7 @@ def slimify(
     Raises:
         ValueError, TypeError: As `substitute`.
     """
-    check_arguments("slimify", slim_conv, own_arguments(SlimConv2d) | slimify.__kwdefaults__.keys())
+    check_arguments("slimify", slim_conv, own_arguments(SlimConv2d) | set(slimify.__kwdefaults__ or ()))
     operator = functools.partial(SlimConv2d, k=k, **slim_conv)
     return substitute(model, operator, include, exclude, min_channels=min_channels, example_input=example_input)
 

@@ -11,8 +11,8 @@ MISTAKES = {
     "--trainer.max_epoch=3": "did you mean 'trainer.max_epochs'",
     "--model.lrr=0.1": "'--model.lrr' is not accepted; did you mean 'lr'?",
     # Names of other parts, such as the trainer's barebones, are not among the suggestions.
-    "--model.backbon=x": "'--model.backbon' is not accepted; did you mean 'backbone' or 'backbone_options'?",
-    "--model.optimzer=x": "'--model.optimzer' is not accepted; did you mean 'operator'?",
+    "--model.backbon=x": "'--model.backbon' is not accepted; did you mean 'backbone'?",
+    "--model.optimzer=x": "'--model.optimzer' is not accepted; `--help` lists what is",
     "--model.operator.backbon=x": "'--model.operator.backbon' is not accepted; `--help` lists what is",
     "--model.batch_siz=4": "'--model.batch_siz' is not accepted; `--help` lists what is",
     "--model.batch_size=4": "'--model.batch_size' is not accepted; did you mean '--data.batch_size'?",

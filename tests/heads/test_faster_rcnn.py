@@ -191,7 +191,7 @@ def test_takes_feature_maps_with_their_weights():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"form": "c5"}, "form='c5'; did you mean 'c4'"),
+        ({"form": "c5"}, "form='c5'; known: c4, fpn"),
         ({"norm": "batches"}, "norm='batches'; did you mean 'batch'"),
         ({"freeze": "stems"}, "freeze='stems'; did you mean 'stem'"),
         ({"norm": "group", "freeze": "stem"}, "norm='group' is for training from scratch"),

@@ -19,8 +19,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from slimconv_lit import SlimConv2d, slimify
-from slimconv_lit.ops.reconstruct import use_kernel
+from slimconv_lit import SlimConv2d, slimify, use_kernel
 from slimconv_lit.ops.slim_conv import pool
 from tests.ops.test_slim_conv import ARRANGEMENTS, randomised
 
