@@ -79,6 +79,8 @@ def test_torchvision_runs_trains_compiles_and_exports(name):
 
     x = torch.randn(2, 3, 64, 64)
     assert step(model, x)
+    if not report.replaced:
+        return
     model.eval()
     with torch.no_grad():
         wanted = model(x)
