@@ -24,8 +24,8 @@ TOOL_VERBS = {
     "paper": "rebuild the networks of the papers' tables and compare the counts",
 }
 
-# Those whose `--config` and `--ckpt_path` can be looked for before seconds are spent on imports.
-_NAMING_FILES = {*LIGHTNING_VERBS, "compare", "prune", "explain", "export"}
+# Those whose files and options of a training can be looked for before seconds are spent on imports.
+_LOOKED_THROUGH = {*LIGHTNING_VERBS, "compare", "prune", "explain", "export"}
 
 USAGE = "\n".join(
     [
@@ -61,12 +61,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if nothing := next((word for word in rest if word.endswith("=--")), None):
         print(f"error: {nothing}: '--' is no value", file=sys.stderr)
         return 2
-    if verb in _NAMING_FILES and not {"-h", "--help"} & set(rest):
-        from slimconv_lit.lookup import check_files
+    if verb in _LOOKED_THROUGH and not {"-h", "--help"} & set(rest):
+        from slimconv_lit.lookup import check_files, check_keys
 
         try:
             check_files(verb, rest)
-        except FileNotFoundError as error:
+            # Classes of other packages have options of their own.
+            if not any(word.startswith("--allow-import") for word in rest):
+                check_keys(rest)
+        except (FileNotFoundError, ValueError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
     return _run(verb, rest)

@@ -10,7 +10,7 @@ from pytorch_lightning.cli import LightningArgumentParser
 from pytorch_lightning.loggers import Logger
 
 from slimconv_lit.data import BaseDataModule
-from slimconv_lit.lookup import closest
+from slimconv_lit.lookup import SYNONYMS, closest
 from slimconv_lit.ops.base import Operator
 from slimconv_lit.tasks import BaseTask
 from slimconv_lit.usage import RaisingParser
@@ -30,55 +30,6 @@ _ROOTS: dict[str, type] = {
     "operator": Operator,
     "callbacks": Callback,
     "logger": Logger,
-}
-# What others call it, where the spelling does not lead to our name; without "_".
-_SYNONYMS = {
-    "learningrate": "lr",
-    "stepsize": "lr",
-    "l2": "weight_decay",
-    "wd": "weight_decay",
-    "lrscheduler": "schedule",
-    "scheduler": "schedule",
-    "warmup": "warmup_epochs",
-    "epochs": "max_epochs",
-    "nepochs": "max_epochs",
-    "numepochs": "max_epochs",
-    "steps": "max_steps",
-    "iterations": "max_steps",
-    "gpu": "devices",
-    "gpus": "devices",
-    "ngpus": "devices",
-    "numgpus": "devices",
-    "device": "accelerator",
-    "amp": "precision",
-    "fp16": "precision",
-    "bf16": "precision",
-    "clip": "gradient_clip_val",
-    "clipgrad": "gradient_clip_val",
-    "accumulate": "accumulate_grad_batches",
-    "gradaccum": "accumulate_grad_batches",
-    "bs": "batch_size",
-    "jobs": "num_workers",
-    "workers": "num_workers",
-    "datadir": "root",
-    "datapath": "root",
-    "dataset": "data",
-    "resolution": "image_size",
-    "imgsize": "image_size",
-    "arch": "backbone",
-    "architecture": "backbone",
-    "encoder": "backbone",
-    "net": "backbone",
-    "network": "backbone",
-    "conv": "operator",
-    "checkpoint": "ckpt_path",
-    "resume": "ckpt_path",
-    "outdir": "run_root",
-    "output": "run_root",
-    "outputdir": "run_root",
-    "savedir": "run_root",
-    "experiment": "name",
-    "randomseed": "seed_everything",
 }
 # What jsonargparse 4 says. For nested values it repeats itself level by level, the innermost last.
 _KEY = re.compile(r'Parser key "([\w.]+)"')
@@ -115,7 +66,7 @@ def _explain_key(key: str, part: str, named: Collection[str], options: Collectio
     full = typed.lstrip("-")
     head, _, tail = full.partition(".")
     name = full.rpartition(".")[2]
-    meant = _SYNONYMS.get(re.sub("[-_]", "", name.lower()))
+    meant = SYNONYMS.get(re.sub("[-_]", "", name.lower()))
     if meant and (places := _places(meant, options)):
         return f"{typed!r} is not accepted; did you mean {' or '.join(map(repr, places))}?"
     tops = {option.partition(".")[0] for option in options}

@@ -1,8 +1,12 @@
 """Finds what a word on the command line names, and the nearest names otherwise; light, to answer before torch loads."""
 
+import ast
 import difflib
 import os
+import re
 from collections.abc import Iterable, Sequence
+from functools import cache
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,6 +15,63 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 PRUNING = CONFIGS / "pruning"
 """Those of `prune`."""
+
+# What others call it, where the spelling does not lead to our name; without "_".
+SYNONYMS = {
+    "learningrate": "lr",
+    "stepsize": "lr",
+    "l2": "weight_decay",
+    "wd": "weight_decay",
+    "lrscheduler": "schedule",
+    "scheduler": "schedule",
+    "warmup": "warmup_epochs",
+    "epochs": "max_epochs",
+    "nepochs": "max_epochs",
+    "numepochs": "max_epochs",
+    "steps": "max_steps",
+    "iterations": "max_steps",
+    "gpu": "devices",
+    "gpus": "devices",
+    "ngpus": "devices",
+    "numgpus": "devices",
+    "device": "accelerator",
+    "amp": "precision",
+    "fp16": "precision",
+    "bf16": "precision",
+    "clip": "gradient_clip_val",
+    "clipgrad": "gradient_clip_val",
+    "accumulate": "accumulate_grad_batches",
+    "gradaccum": "accumulate_grad_batches",
+    "bs": "batch_size",
+    "jobs": "num_workers",
+    "workers": "num_workers",
+    "datadir": "root",
+    "datapath": "root",
+    "dataset": "data",
+    "resolution": "image_size",
+    "imgsize": "image_size",
+    "arch": "backbone",
+    "architecture": "backbone",
+    "encoder": "backbone",
+    "net": "backbone",
+    "network": "backbone",
+    "conv": "operator",
+    "checkpoint": "ckpt_path",
+    "resume": "ckpt_path",
+    "outdir": "run_root",
+    "output": "run_root",
+    "outputdir": "run_root",
+    "savedir": "run_root",
+    "experiment": "name",
+    "randomseed": "seed_everything",
+}
+
+# Where the classes are that options belong to, and how their names end.
+_OWNERS = {
+    "model": (Path(__file__).parent / "tasks", "Task"),
+    "data": (Path(__file__).parent / "data", "DataModule"),
+    "trainer": (Path(find_spec("pytorch_lightning").origin or "").parent / "trainer", "Trainer"),  # type: ignore[union-attr]
+}
 
 
 def closest(name: str, names: Iterable[str]) -> str:
@@ -72,3 +133,30 @@ def check_files(verb: str, argv: Sequence[str]) -> None:
             find_config(value, *([PRUNING] if verb == "prune" else []))
         elif name == "--ckpt_path" and value not in ("last", "best"):
             find_checkpoint(value, Path())
+
+
+def check_keys(argv: Sequence[str]) -> None:
+    """Looks for slips in the options of the task, the data and the trainer, in the source of all such classes.
+
+    What has no near name, or belongs to another class, is left to the parser, which knows the classes that are named.
+
+    Raises:
+        ValueError: If there is one; the message gives the nearest names.
+    """
+    for word in argv:
+        found = re.match(r"--(model|data|trainer)\.(init_args\.)?(\w+)(?=[.=]|$)", word)
+        if not found or re.sub("_", "", found[3].lower()) in SYNONYMS:
+            continue
+        known = _arguments(*_OWNERS[found[1]]) | {"class_path", "dict_kwargs", "help", "init_args"}
+        if found[3] in known or any(found[3] in _arguments(*owner) for owner in _OWNERS.values()):
+            continue
+        if (hint := closest(found[3], known)).startswith("did"):
+            raise ValueError(f"{found[0]!r} is not accepted; {hint}")
+
+
+@cache
+def _arguments(folder: Path, ending: str) -> set[str]:
+    nodes = [node for file in folder.glob("*.py") for node in ast.walk(ast.parse(file.read_bytes()))]
+    classes = [node for node in nodes if isinstance(node, ast.ClassDef) and node.name.endswith(ending)]
+    makers = [d for c in classes for d in c.body if isinstance(d, ast.FunctionDef) and d.name == "__init__"]
+    return {argument.arg for maker in makers for argument in (*maker.args.args, *maker.args.kwonlyargs)} - {"self"}

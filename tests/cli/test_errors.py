@@ -1,14 +1,19 @@
 """A mistake gets one short answer with the closest accepted name, and exit status 2."""
 
+import inspect
 import subprocess
 import sys
 
 import pytest
+from pytorch_lightning import Trainer
 
 from slimconv_lit.cli import main
+from slimconv_lit.data import BaseDataModule
+from slimconv_lit.lookup import check_keys
+from slimconv_lit.tasks import BaseTask
 
 MISTAKES = {
-    "--trainer.max_epoch=3": "did you mean 'trainer.max_epochs'",
+    "--trainer.max_epoch=3": "'--trainer.max_epoch' is not accepted; did you mean 'max_epochs'",
     "--model.lrr=0.1": "'--model.lrr' is not accepted; did you mean 'lr'?",
     # Names of other parts, such as the trainer's barebones, are not among the suggestions.
     "--model.backbon=x": "'--model.backbon' is not accepted; did you mean 'backbone'?",
@@ -98,14 +103,25 @@ def test_what_is_missing(capsys):
         ),
         (["fit", "-c", "nope.yaml"], "--config: there is no 'nope.yaml'; "),
         (["test", "--ckpt_path=x/y.ckpt"], "--ckpt_path: there is no file 'x/y.ckpt'; a file, `last` or `best`"),
+        (["fit", "--config=quickstart.yaml", "--model.lrr=1"], "'--model.lrr' is not accepted; did you mean 'lr'?"),
     ],
     ids=str,
 )
-def test_missing_files_are_told_before_torch_is_loaded(words, answer, in_tmp):
+def test_slips_are_told_before_torch_is_loaded(words, answer, in_tmp):
     code = f"import sys; from slimconv_lit.cli import main; print(main({words}), 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "2 False\n"
     assert done.stderr.startswith(f"error: {answer}")
+
+
+def test_no_option_of_ours_is_taken_for_a_slip():
+    families = {"model": BaseTask, "data": BaseDataModule}
+    classes = [(part, cls) for part, root in families.items() for cls in [root, *root.__subclasses__()]]
+    for part, cls in [*classes, ("trainer", Trainer)]:
+        if cls.__module__.startswith(("slimconv_lit.", "pytorch_lightning.")):
+            check_keys([f"--{part}.{name}=1" for name in inspect.signature(cls).parameters if name != "kwargs"])
+    check_keys(["--model.operator.k=2", "--model.init_args.lr", "3", "--data.help", "--trainer.callbacks+=Timer"])
+    check_keys(["--model.class_path=A", "--data.init_args={}", "--data.dict_kwargs.a=1", "--model.help=A"])
 
 
 @pytest.mark.parametrize("verb", ["models", "profile"])

@@ -173,7 +173,7 @@ def test_a_picture_that_is_broken_is_named_in_one_line(workers, trained, in_tmp,
     assert line.endswith("or take it out")
 
 
-def test_a_test_prints_and_keeps_what_a_fit_does(trained, in_tmp, capsys):
+def test_a_test_prints_and_keeps_what_a_fit_does(trained, in_tmp, capsys, caplog):
     cli = run("test", [f"--ckpt_path={trained / 'checkpoints' / 'best.ckpt'}", *SHORT])
     results = json.loads((cli.run_folder.path / "results.json").read_text())
     of_fit = json.loads((trained / "results.json").read_text())
@@ -183,6 +183,7 @@ def test_a_test_prints_and_keeps_what_a_fit_does(trained, in_tmp, capsys):
     said = capsys.readouterr().out
     assert said.partition("test/top1 %")[0].strip().startswith("network")
     assert "*" not in said
+    assert [record.getMessage().partition(" from ")[0] for record in caplog.records] == ["Loaded model weights"]
 
 
 def test_what_is_measured_on_a_part_of_the_data_is_marked(trained, in_tmp, capsys):
