@@ -26,7 +26,9 @@ def kind(output):
 
 def text(output):
     """What there is to read in it, pictures aside."""
-    return output.get("text") or "\n".join(v for k, v in output.get("data", {}).items() if k.startswith("text/"))
+    return output.get("text") or "\n".join(
+        v for k, v in sorted(output.get("data", {}).items()) if k.startswith("text/")
+    )
 
 
 def test_runs_in_a_fresh_kernel_and_shows_what_is_stored(path, in_tmp):
