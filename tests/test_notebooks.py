@@ -26,9 +26,8 @@ def kind(output):
 
 def text(output):
     """What there is to read in it, pictures aside."""
-    return output.get("text") or "\n".join(
-        v for k, v in sorted(output.get("data", {}).items()) if k.startswith("text/")
-    )
+    data = sorted(output.get("data", {}).items())
+    return output.get("text") or "\n".join(words for name, words in data if name.startswith("text/"))
 
 
 def test_runs_in_a_fresh_kernel_and_shows_what_is_stored(path, in_tmp):
