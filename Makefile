@@ -14,6 +14,7 @@ help:
 	@echo "make demo    install, then train a small network on real digits, plain and slim, and compare them"
 	@echo "make test    install, lint, type-check and test"
 	@echo "make lint | types | tests    one part of 'make test'"
+	@echo "make notebooks    run the notebooks, and store them with their figures (minutes)"
 	@echo "make lock    look up the newest releases, and pin them with their hashes in requirements*.lock"
 	@echo "make clean   remove .venv and everything that runs wrote"
 
@@ -52,6 +53,9 @@ tests: .venv/installed-dev
 lock: .venv/bin/python
 	$(LOCK) requirements.txt -o requirements.lock
 	$(LOCK) pyproject.toml --extra dev -c requirements.lock -o requirements-dev.lock
+
+notebooks: .venv/installed-dev
+	@$(BIN)/python notebooks/run.py
 
 clean:
 	rm -rf .venv runs

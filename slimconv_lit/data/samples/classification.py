@@ -31,7 +31,7 @@ def write_cifar100(folder: Path, per_class: tuple[int, int] = (30, 10), seed: in
         rng, pool = np.random.default_rng((seed, number)), Pool(train=split == "train")
         labels = rng.permutation(np.repeat(np.arange(100), per_class[number])).tolist()
         rows = []
-        for label in tqdm(labels, desc=f"sample of CIFAR-100, {split}", delay=1, leave=False):
+        for label in tqdm(labels, desc=f"sample of CIFAR-100, {split}", delay=1, leave=False, disable=None):
             places = []
             for left in (0, 16):
                 width, height = rng.integers(14, 17), rng.integers(20, 29)
@@ -65,7 +65,9 @@ def write_imagenet(folder: Path, per_class: tuple[int, int] = (80, 20), seed: in
     for number, split in enumerate(("train", "val")):
         rng, pool = np.random.default_rng((seed, number)), Pool(train=split == "train")
         labels = np.repeat(np.arange(10), per_class[number]).tolist()
-        for index, label in enumerate(tqdm(labels, desc=f"sample of ImageNet, {split}", delay=1, leave=False)):
+        for index, label in enumerate(
+            tqdm(labels, desc=f"sample of ImageNet, {split}", delay=1, leave=False, disable=None)
+        ):
             height, width = (int(side) for side in rng.integers(176, 257, 2))
             tall = int(rng.uniform(0.65, 0.95) * min(height, width))
             wide = int(rng.uniform(0.75, 1) * tall)

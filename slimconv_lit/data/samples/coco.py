@@ -64,7 +64,7 @@ def write_coco2014(folder: Path, counts: tuple[int, int, int] = (200, 100, 100),
     }
     for name in ("train2014", "val2014", "annotations"):
         (folder / name).mkdir()
-    for number, part in enumerate(tqdm(parts, desc="sample of COCO2014", delay=1, leave=False), start=1):
+    for number, part in enumerate(tqdm(parts, desc="sample of COCO2014", delay=1, leave=False, disable=None), start=1):
         split = "train" if part == "train" else "val"
         scene, crowd = _scene(np.random.default_rng((seed, number)), pools[part], number)
         height, width = scene.instances.shape

@@ -96,7 +96,7 @@ def write_voc2007(folder: Path, counts: tuple[int, int] = (300, 100), seed: int 
     root = folder / "VOCdevkit" / "VOC2007"
     pools = {False: Pool(train=True), True: Pool(train=False)}
     splits: dict[str, dict[str, Objects]] = {"train": {}, "val": {}, "test": {}}
-    for number in tqdm(range(sum(counts)), desc="sample of VOC2007", delay=1, leave=False):
+    for number in tqdm(range(sum(counts)), desc="sample of VOC2007", delay=1, leave=False, disable=None):
         rng, test = np.random.default_rng((seed, number)), number >= counts[0]
         heights = [] if number % 20 == 7 else _heights(rng)
         tiny = rng.integers(TINY - 6, TINY, 1).tolist() if number % 4 == 0 else []
@@ -120,7 +120,7 @@ def _voc2012_scenes(counts: tuple[int, int, int], seed: int) -> Iterator[tuple[s
     """(part, name, scene) of every image; the parts are "train", "sbd" and "val"."""
     parts = [part for part, count in zip(("train", "sbd", "val"), counts, strict=True) for _ in range(count)]
     pools = {part: Pool(train=part != "val") for part in set(parts)}
-    for number, part in enumerate(tqdm(parts, desc="sample of VOC2012 and SBD", delay=1, leave=False)):
+    for number, part in enumerate(tqdm(parts, desc="sample of VOC2012 and SBD", delay=1, leave=False, disable=None)):
         # A generator for each image: VOC2012 and SBD are written apart, and both show the same images.
         rng = np.random.default_rng((seed, number))
         # Smaller than the scenes of VOC2007: a label for every pixel needs finer maps, which take longer.
