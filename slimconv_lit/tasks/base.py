@@ -50,7 +50,8 @@ class Picture(NamedTuple):
 class BatchMeans(Metric):
     """Means over the images of an epoch, of what each batch says is its own mean.
 
-    Logging at every step costs more than a small network's step; these are a sum and a count until the epoch ends.
+    Logging at every step costs more than a small network's step; these are a sum and a count until the epoch ends, in
+    float32 whatever the precision of the network.
 
     Args:
         names: Of what is averaged.
@@ -63,8 +64,12 @@ class BatchMeans(Metric):
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__()
         self.names = tuple(names)
-        self.add_state("totals", torch.zeros(len(self.names)), dist_reduce_fx="sum")
-        self.add_state("images", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("totals", torch.zeros(len(self.names), dtype=torch.float32), dist_reduce_fx="sum")
+        self.add_state("images", torch.zeros((), dtype=torch.float32), dist_reduce_fx="sum")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any) -> nn.Module:
+        # With its task it goes to a device, and not to another precision: sums of bf16 stop growing, and fp16 ends.
+        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), *args)
 
     def update(self, images: int, **means: Tensor) -> None:
         """Adds a batch of so many `images`, with a mean (a scalar) for each name, if all of them are finite."""

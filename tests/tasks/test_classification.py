@@ -182,6 +182,30 @@ def test_an_epochs_means_are_over_images():
     assert fit.callback_metrics["train/loss"].item() == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("cast", [torch.nn.Module.half, torch.nn.Module.bfloat16, lambda m: m.to(torch.bfloat16)])
+def test_an_epochs_means_keep_their_precision_in_a_network_of_less(cast):
+    task = cast(ClassificationTask(**SMALL))
+    for means in (task.train_means, task.val_means):
+        means.reset()
+        for i in range(600):
+            given = dict.fromkeys(means.names, torch.tensor(i / 600))
+            means.update(128, **given)
+        assert means.compute()["loss"].item() == pytest.approx(599 / 1200, rel=1e-4)
+
+
+def test_a_fit_in_bf16_logs_the_means_of_its_batches(tmp_path):
+    task, fit, seen = ClassificationTask(**SMALL, lr=0.0), trainer(max_epochs=1, precision="bf16-true"), []
+    task.loss.register_forward_hook(lambda *call: seen.append(call[2].item()))
+    fit.fit(task, few(batches=40), few(batches=1))
+    # Lightning's sanity check, the epoch, its validation.
+    _, *train, val = seen
+    assert len(train) == 40
+    assert fit.callback_metrics["train/loss"].item() == pytest.approx(sum(train) / 40, rel=1e-5)
+    assert fit.callback_metrics["val/loss"].item() == pytest.approx(val, rel=1e-5)
+    fit.save_checkpoint(tmp_path / "a.ckpt")
+    assert torch.load(tmp_path / "a.ckpt", weights_only=True)["train_means"]["totals"].dtype == torch.float32
+
+
 def test_the_loss_of_a_step_is_logged_where_loggers_look(tmp_path):
     logger = CSVLogger(tmp_path, name="", version="")
     fit = trainer(max_steps=7, log_every_n_steps=3, logger=logger)
