@@ -138,11 +138,15 @@ def hold_out(targets: Sequence[int], fraction: float, seed: int) -> tuple[list[i
     """Indices (kept, held out), both sorted; every class loses the same fraction of its images.
 
     Raises:
-        ValueError: If `fraction` is not between 0 and 1 or leaves a side with fewer images than classes.
+        DataError: If `fraction` is not between 0 and 1 or leaves a side with fewer images than classes.
     """
-    if not 0 < fraction < 1:
-        raise ValueError(f"the held-out fraction must lie between 0 and 1, not {fraction}")
-    kept, held = train_test_split(range(len(targets)), test_size=fraction, random_state=seed, stratify=targets)
+    try:
+        kept, held = train_test_split(range(len(targets)), test_size=fraction, random_state=seed, stratify=targets)
+    except ValueError as error:
+        raise DataError(
+            f"val_fraction={fraction} of {len(targets):,} images in {len(set(targets)):,} classes: {error}. Both parts "
+            "need an image of each class, and so does each class two images"
+        ) from error
     return sorted(kept), sorted(held)
 
 
@@ -182,6 +186,7 @@ class BaseDataModule(pl.LightningDataModule):
         std: Per channel, what they are then divided by.
         eval_transform: From a PIL image of any size to what the network is tested on.
         max_workers: See `num_workers`.
+        test_follows: Whether a test follows the fit, which then reads the test images too before it begins.
     """
 
     num_classes: int
@@ -191,6 +196,7 @@ class BaseDataModule(pl.LightningDataModule):
     std: tuple[float, ...]
     eval_transform: Callable[..., tuple[Any, ...]]
     max_workers: ClassVar[int] = 4
+    test_follows: bool = False
 
     def __init__(
         self,
@@ -251,7 +257,7 @@ class BaseDataModule(pl.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Reads what a stage needs, so that missing data stop a run at its start."""
         splits: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
-        for split in splits.get(stage, ()):
+        for split in splits.get(stage, ()) + ("test",) * (stage == "fit" and self.test_follows):
             self.dataset(split)
         if stage == "predict":
             self.predict_dataset()
