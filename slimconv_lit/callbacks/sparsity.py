@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from slimconv_lit.callbacks.loggers import tell
 from slimconv_lit.callbacks.run_folder import pictures_of
 from slimconv_lit.callbacks.visualize import save_figure
+from slimconv_lit.checks import at_least
 from slimconv_lit.surgery import prunable_norms
 
 
@@ -32,7 +33,7 @@ class Sparsity(Callback):
         every_n_epochs: How often the histogram is drawn; it always is at the end.
 
     Raises:
-        ValueError: If `strength` or `ramp_epochs` is negative.
+        ValueError: If `strength` or `ramp_epochs` is negative, or `every_n_epochs` less than 1.
     """
 
     def __init__(
@@ -43,9 +44,8 @@ class Sparsity(Callback):
         ramp_epochs: float = 0.0,
         every_n_epochs: int = 10,
     ) -> None:
-        for name, value in (("strength", strength), ("ramp_epochs", ramp_epochs)):
-            if value < 0:
-                raise ValueError(f"Sparsity: {name}={value} must not be negative")
+        at_least(0, strength=strength, ramp_epochs=ramp_epochs)
+        at_least(1, every_n_epochs=every_n_epochs)
         self.strength = strength
         self.exclude = tuple(exclude)
         self.initial_scale = initial_scale

@@ -22,8 +22,9 @@ from torchvision.datasets.imagenet import (
 )
 from torchvision.models import ResNet18_Weights
 
+from slimconv_lit.checks import at_least
 from slimconv_lit.data import samples
-from slimconv_lit.data.base import BaseDataModule, OnBadImage, Split, Transformed, hold_out
+from slimconv_lit.data.base import BaseDataModule, OnBadImage, Split, Transformed, check_split, hold_out
 from slimconv_lit.data.files import DataError, EncodedImage, check_archive
 from slimconv_lit.data.shards import ShardedImages, is_sharded, read_manifest
 from slimconv_lit.data.transforms import IMAGENET_STATS, imagenet_eval, imagenet_train
@@ -61,7 +62,7 @@ class ImageNetDataModule(BaseDataModule):
             no more than 1 % of them are missing, or any number in prediction.
 
     Raises:
-        ValueError: If `num_classes` is not the number of class folders.
+        ValueError: If `num_classes` is not the number of class folders, or an argument is out of its range.
     """
 
     max_workers: ClassVar[int] = 16
@@ -87,6 +88,8 @@ class ImageNetDataModule(BaseDataModule):
         super().__init__(
             root, batch_size, eval_batch_size, num_workers, seed, sample, predict_dir, pin_memory, on_bad_image
         )
+        at_least(1, num_classes=num_classes, image_size=image_size, eval_size=eval_size)
+        check_split(split_seed, val_fraction or None)
         self.save_hyperparameters(logger=False)
         self.split_seed = split_seed
         self.val_fraction = val_fraction

@@ -137,7 +137,9 @@ def read_run(path: Path, label: str) -> Run:
         config = read_yaml(path / "config.yaml", yaml.safe_load)
         results = json.loads((path / "results.json").read_text()) if (path / "results.json").is_file() else {}
         numbers = [value for key, value in results.items() if key not in ("network", "limited")]
-        if not all(isinstance(value, float) or (isinstance(value, int) and abs(value) <= _LARGEST) for value in numbers):
+        if not all(
+            isinstance(value, float) or (isinstance(value, int) and abs(value) <= _LARGEST) for value in numbers
+        ):
             raise ValueError("results.json has something else than numbers beside the network")
         curves = _curves(path / "metrics.csv") if (path / "metrics.csv").is_file() else {}
         # Half a character and a number of thousands of digits can be read, and not be written.

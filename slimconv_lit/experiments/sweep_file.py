@@ -138,7 +138,11 @@ def read_sweep(path: Path) -> Sweep:
     if method not in METHODS:
         raise ValueError(f"{path}: method: there is no {method!r}; {closest(str(method), METHODS)}")
     metric = values.get("metric") or {}
-    if not isinstance(metric, dict) or not isinstance(metric.get("name"), str) or metric.get("goal") not in ("maximize", "minimize"):
+    if (
+        not isinstance(metric, dict)
+        or not isinstance(metric.get("name"), str)
+        or metric.get("goal") not in ("maximize", "minimize")
+    ):
         raise ValueError(f"{path}: metric needs a name, such as test/top1, and a goal, maximize or minimize")
     parameters = values.get("parameters")
     if not isinstance(parameters, dict) or not parameters:

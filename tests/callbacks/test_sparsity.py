@@ -85,8 +85,10 @@ def test_a_ramp_and_a_network_that_has_been_trained(tmp_path):
 
 
 def test_mistakes(tmp_path):
-    with pytest.raises(ValueError, match="strength=-1 must not be negative"):
+    with pytest.raises(ValueError, match="strength=-1 must be at least 0"):
         Sparsity(strength=-1)
+    with pytest.raises(ValueError, match="every_n_epochs=0 must be at least 1"):
+        Sparsity(every_n_epochs=0)
     with pytest.raises(ValueError, match="leaves no batch norm"):
         fit(task(), Sparsity(exclude=["*"]), default_root_dir=tmp_path)
 

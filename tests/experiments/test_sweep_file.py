@@ -123,7 +123,10 @@ def test_draws_lie_in_their_range(tmp_path_factory, kind, data):
                     "parameters.a.q: expected more than 0 for q_uniform, found 0",
                 ),
                 *(
-                    ({"values": [1, 2], "probabilities": parts}, "parameters.a.probabilities: .* each of `values`, 1 in")
+                    (
+                        {"values": [1, 2], "probabilities": parts},
+                        "parameters.a.probabilities: .* each of `values`, 1 in",
+                    )
                     for parts in ([1], [0.5, 0.6], [-1, 2], "x", 1)
                 ),
             )
