@@ -14,6 +14,7 @@ from slimconv_lit.callbacks.loggers import tell
 from slimconv_lit.callbacks.run_folder import pictures_of
 from slimconv_lit.callbacks.visualize import save_figure
 from slimconv_lit.checks import at_least
+from slimconv_lit.faults import RunError
 from slimconv_lit.surgery import prunable_norms
 
 
@@ -57,12 +58,12 @@ class Sparsity(Callback):
         """Finds the scales and gives them their first value.
 
         Raises:
-            ValueError: If the network has no batch norm, or a pattern leaves none.
+            RunError: If the network has no batch norm, or a pattern leaves none.
         """
         # As in a checkpoint of the network itself, patterns do not begin with the task's "model.".
         norms = prunable_norms(getattr(pl_module, "model", pl_module), exclude=self.exclude)
         if not norms:
-            raise ValueError(f"Sparsity: exclude={list(self.exclude)} leaves no batch norm of the network")
+            raise RunError(f"Sparsity: exclude={list(self.exclude)} leaves no batch norm of the network")
         self._scales = [norm.weight for norm in norms.values()]  # type: ignore[misc]
         if self.initial_scale is not None and not trainer.ckpt_path:
             with torch.no_grad():

@@ -9,6 +9,7 @@ from pytorch_lightning.loggers import CSVLogger
 from torch.utils.data import DataLoader, TensorDataset
 
 from slimconv_lit.data import DigitsDataModule
+from slimconv_lit.faults import RunError
 from slimconv_lit.ops import SlimConv2d
 from slimconv_lit.tasks import ClassificationTask
 from slimconv_lit.tasks.base import BatchMeans
@@ -110,9 +111,26 @@ def test_constant():
     assert learning_rates(2, schedule="constant", lr=0.2) == pytest.approx([0.2] * 8)
 
 
-def test_milestones_must_rise():
-    with pytest.raises(ValueError, match="must rise"):
-        learning_rates(2, schedule="multistep", milestones=[2, 1])
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        ({"milestones": [2, 1]}, r"milestones must rise, they are \[2, 1\]"),
+        ({"lr": -1.0}, r"lr=-1\.0 must be at least 0"),
+        ({"ema_decay": 2.0}, r"ema_decay=2\.0 must be from 0 to 1"),
+        ({"nesterov": True, "momentum": 0.0}, "nesterov=True needs a momentum"),
+        ({"label_smoothing": 1.5}, r"label_smoothing=1\.5 must be from 0 to 1"),
+        ({"mixup_alpha": -1.0}, r"mixup_alpha=-1\.0 must be at least 0"),
+    ],
+    ids=str,
+)
+def test_values_that_cannot_work_are_named(own, said):
+    with pytest.raises(ValueError, match=said):
+        ClassificationTask(**SMALL, **own)
+
+
+def test_a_schedule_without_an_end_is_told():
+    with pytest.raises(RunError, match=r"set trainer\.max_epochs or trainer\.max_steps"):
+        trainer(max_epochs=-1).fit(ClassificationTask(**SMALL), few())
 
 
 def saver(folder):
