@@ -351,6 +351,10 @@ class SlimCLI(LightningCLI):
         """Tests, prints the same table as a fit, and writes results.json."""
         self._report(self.trainer.test(**kwargs | {"verbose": False}))
 
+    def before_fit(self) -> None:
+        """Has test images that cannot be read told before the training, not behind it."""
+        self.datamodule.test_follows = self.config_init["fit"]["test_after"] and self.run_folder is not None
+
     def after_fit(self) -> None:
         """Tests the best checkpoint, prints one table and writes results.json."""
         own, folder = self.config_init["fit"], self.run_folder

@@ -15,6 +15,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from slimconv_lit.callbacks.run_folder import folder_of, pictures_of
 from slimconv_lit.callbacks.visualize import contact_sheet, save_figure
+from slimconv_lit.checks import at_least
 from slimconv_lit.tasks import DetectionTask, Picture
 
 _THUMBNAIL = 512
@@ -59,6 +60,7 @@ class DetectionWriter(BasePredictionWriter):
 
     def __init__(self, images: int = 24) -> None:
         super().__init__(write_interval="batch")
+        at_least(0, images=images)
         self.images = images
         self._pictures: list[Picture] = []
         self._image_ids: Mapping[str, int] = {}

@@ -25,7 +25,8 @@ class FiniteLoss(Callback):
 
     Args:
         on_bad_loss: "raise", or "skip": such a batch changes nothing, weights nor running statistics, unless it is more
-            than 1 % of an epoch's batches (and more than one). On a GPU this costs a wait at each step.
+            than 1 % of an epoch's batches (and more than one). Among accumulated gradients, all batches of its step go
+            with it. On a GPU this costs a wait at each batch.
     """
 
     def __init__(self, on_bad_loss: Literal["raise", "skip"] = "raise") -> None:
@@ -37,14 +38,15 @@ class FiniteLoss(Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Counts anew."""
-        self._skipped = 0
+        self._skipped, self._bad, self._buffers = 0, False, []
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Where batches may be skipped, keeps the running statistics, which the forward pass changes."""
         self._batch_idx = batch_idx
-        if self.skips:
+        # Of several batches whose gradients are accumulated for one step, those before the first.
+        if self.skips and not self._buffers:
             self._buffers = [buffer.clone() for buffer in pl_module.buffers()]
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
@@ -53,6 +55,11 @@ class FiniteLoss(Callback):
         if self.skips or loss.device.type == "cpu" or len(self._waiting) >= _LOOK_EVERY:
             self._look(trainer, pl_module)
 
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Takes the statistics back at once: a validation may come before the step."""
+        if self._bad:
+            self._take_back(pl_module)
+
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
@@ -60,9 +67,12 @@ class FiniteLoss(Callback):
         # Also those of the other devices are not finite then: gradients have been averaged over all of them.
         if self.skips and (self._bad or (trainer.world_size > 1 and not _finite(optimizer))):
             optimizer.zero_grad(set_to_none=True)
-            for buffer, kept in zip(pl_module.buffers(), self._buffers, strict=True):
-                buffer.copy_(kept)
-        self._bad = False
+            self._take_back(pl_module)
+        self._bad, self._buffers = False, []
+
+    def _take_back(self, pl_module: pl.LightningModule) -> None:
+        for buffer, kept in zip(pl_module.buffers(), self._buffers, strict=True):
+            buffer.copy_(kept)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Looks at what is left."""

@@ -13,6 +13,7 @@ from pytorch_lightning.callbacks import BasePredictionWriter
 
 from slimconv_lit.callbacks.run_folder import folder_of, pictures_of
 from slimconv_lit.callbacks.visualize import contact_sheet, save_figure
+from slimconv_lit.checks import at_least
 from slimconv_lit.tasks import ClassificationTask, Picture
 
 
@@ -25,6 +26,7 @@ class PredictionWriter(BasePredictionWriter):
 
     def __init__(self, images: int = 40) -> None:
         super().__init__(write_interval="batch")
+        at_least(0, images=images)
         self.images = images
         self._pictures: list[Picture] = []
 

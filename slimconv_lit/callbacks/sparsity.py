@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from slimconv_lit.callbacks.loggers import tell
 from slimconv_lit.callbacks.run_folder import pictures_of
 from slimconv_lit.callbacks.visualize import save_figure
+from slimconv_lit.checks import at_least
+from slimconv_lit.faults import RunError
 from slimconv_lit.surgery import prunable_norms
 
 
@@ -32,7 +34,7 @@ class Sparsity(Callback):
         every_n_epochs: How often the histogram is drawn; it always is at the end.
 
     Raises:
-        ValueError: If `strength` or `ramp_epochs` is negative.
+        ValueError: If `strength` or `ramp_epochs` is negative, or `every_n_epochs` less than 1.
     """
 
     def __init__(
@@ -43,9 +45,8 @@ class Sparsity(Callback):
         ramp_epochs: float = 0.0,
         every_n_epochs: int = 10,
     ) -> None:
-        for name, value in (("strength", strength), ("ramp_epochs", ramp_epochs)):
-            if value < 0:
-                raise ValueError(f"Sparsity: {name}={value} must not be negative")
+        at_least(0, strength=strength, ramp_epochs=ramp_epochs)
+        at_least(1, every_n_epochs=every_n_epochs)
         self.strength = strength
         self.exclude = tuple(exclude)
         self.initial_scale = initial_scale
@@ -57,12 +58,12 @@ class Sparsity(Callback):
         """Finds the scales and gives them their first value.
 
         Raises:
-            ValueError: If the network has no batch norm, or a pattern leaves none.
+            RunError: If the network has no batch norm, or a pattern leaves none.
         """
         # As in a checkpoint of the network itself, patterns do not begin with the task's "model.".
         norms = prunable_norms(getattr(pl_module, "model", pl_module), exclude=self.exclude)
         if not norms:
-            raise ValueError(f"Sparsity: exclude={list(self.exclude)} leaves no batch norm of the network")
+            raise RunError(f"Sparsity: exclude={list(self.exclude)} leaves no batch norm of the network")
         self._scales = [norm.weight for norm in norms.values()]  # type: ignore[misc]
         if self.initial_scale is not None and not trainer.ckpt_path:
             with torch.no_grad():

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, default_collate
 from slimconv_lit.callbacks.last_validation import is_last
 from slimconv_lit.callbacks.loggers import tell
 from slimconv_lit.callbacks.run_folder import pictures_of
+from slimconv_lit.checks import at_least
 from slimconv_lit.data.loading import Loader
 from slimconv_lit.tables import narrow
 from slimconv_lit.tasks import BaseTask, Picture
@@ -93,6 +94,7 @@ class Visualize(Callback):
     """
 
     def __init__(self, images: int = 24, every_n_epochs: int = 10) -> None:
+        at_least(0, images=images, every_n_epochs=every_n_epochs)
         self.images = images
         self.every_n_epochs = every_n_epochs
         self._batches: list[Any] = []

@@ -6,7 +6,9 @@ datamodule's seed, the epoch and the image, and neither on the number of workers
 
 import os
 import random
+import struct
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
@@ -20,6 +22,7 @@ from sklearn.model_selection import train_test_split
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from slimconv_lit.checks import at_least
 from slimconv_lit.data.files import DataError, read_image
 from slimconv_lit.data.loading import LeftOut, Loader, skipping
 
@@ -130,20 +133,38 @@ class FolderImages:
 
     def __getitem__(self, index: int) -> tuple[Image.Image, str]:
         image = read_image(self.folder / self.names[index], mode=None)
-        # A phone stores upright photos lying, with a note how to turn them.
-        return ImageOps.exif_transpose(image).convert(self.mode), self.names[index]
+        # A phone stores upright photos lying, with a note how to turn them. Without one that can be read they stay.
+        with suppress(OSError, SyntaxError, TypeError, ValueError, LookupError, struct.error):
+            image = ImageOps.exif_transpose(image)
+        return image.convert(self.mode), self.names[index]
 
 
 def hold_out(targets: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
     """Indices (kept, held out), both sorted; every class loses the same fraction of its images.
 
     Raises:
-        ValueError: If `fraction` is not between 0 and 1 or leaves a side with fewer images than classes.
+        DataError: If `fraction` is not between 0 and 1 or leaves a side with fewer images than classes.
     """
-    if not 0 < fraction < 1:
-        raise ValueError(f"the held-out fraction must lie between 0 and 1, not {fraction}")
-    kept, held = train_test_split(range(len(targets)), test_size=fraction, random_state=seed, stratify=targets)
+    try:
+        kept, held = train_test_split(range(len(targets)), test_size=fraction, random_state=seed, stratify=targets)
+    except ValueError as error:
+        raise DataError(
+            f"val_fraction={fraction} of {len(targets):,} images in {len(set(targets)):,} classes: {error}. Both parts "
+            "need an image of each class, and so does each class two images"
+        ) from error
     return sorted(kept), sorted(held)
+
+
+def check_split(split_seed: int, val_fraction: float | None = None) -> None:
+    """Refuses arguments of a datamodule that `hold_out` can do nothing with.
+
+    Raises:
+        ValueError: Naming the argument, its value and what is allowed.
+    """
+    if not 0 <= split_seed < 2**32:
+        raise ValueError(f"split_seed={split_seed} must be from 0 to {2**32 - 1}")
+    if val_fraction is not None and not 0 < val_fraction < 1:
+        raise ValueError(f"val_fraction={val_fraction} must lie between 0 and 1")
 
 
 def cpu_count() -> int:
@@ -182,6 +203,7 @@ class BaseDataModule(pl.LightningDataModule):
         std: Per channel, what they are then divided by.
         eval_transform: From a PIL image of any size to what the network is tested on.
         max_workers: See `num_workers`.
+        test_follows: Whether a test follows the fit, which then reads the test images too before it begins.
     """
 
     num_classes: int
@@ -191,6 +213,7 @@ class BaseDataModule(pl.LightningDataModule):
     std: tuple[float, ...]
     eval_transform: Callable[..., tuple[Any, ...]]
     max_workers: ClassVar[int] = 4
+    test_follows: bool = False
 
     def __init__(
         self,
@@ -205,9 +228,8 @@ class BaseDataModule(pl.LightningDataModule):
         on_bad_image: OnBadImage = "raise",
     ) -> None:
         super().__init__()
-        for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0)):
-            if value < least:
-                raise ValueError(f"{name}={value} must be at least {least}")
+        at_least(1, batch_size=batch_size, eval_batch_size=eval_batch_size)
+        at_least(0, num_workers=num_workers, seed=seed)
         self.root = Path(root)
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
@@ -251,6 +273,8 @@ class BaseDataModule(pl.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Reads what a stage needs, so that missing data stop a run at its start."""
         splits: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
+        if self.test_follows:
+            splits["fit"] += ("test",)
         for split in splits.get(stage, ()):
             self.dataset(split)
         if stage == "predict":

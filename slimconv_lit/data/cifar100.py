@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets import CIFAR100
 from torchvision.datasets.utils import check_integrity
 
+from slimconv_lit.checks import at_least
 from slimconv_lit.data import samples
-from slimconv_lit.data.base import BaseDataModule, OnBadImage, Split, Transformed, hold_out
+from slimconv_lit.data.base import BaseDataModule, OnBadImage, Split, Transformed, check_split, hold_out
 from slimconv_lit.data.batched import BatchAugment, InMemory, RawBatch
 from slimconv_lit.data.files import Archive, DataError
 from slimconv_lit.data.pickles import read_pickle
@@ -124,6 +125,8 @@ class CIFAR100DataModule(BaseDataModule):
         super().__init__(
             root, batch_size, eval_batch_size, num_workers, seed, sample, predict_dir, pin_memory, on_bad_image
         )
+        at_least(0, cutout=cutout)
+        check_split(split_seed, None if val_on_test else val_fraction)
         self.save_hyperparameters(logger=False)
         self.split_seed = split_seed
         self.val_fraction = val_fraction

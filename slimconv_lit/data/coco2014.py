@@ -258,7 +258,7 @@ def read_ids(path: Path) -> list[int]:
     if path.suffix == ".json":
         ids = [number for _, number, _, _ in rows_of(path, load_json(path), "images", _image)]
     else:
-        lines = path.read_text().split()
+        lines = path.read_text(encoding="utf-8", errors="replace").split()
         if strange := [line for line in lines if not re.fullmatch("[0-9]{1,15}", line)]:
             raise DataError(f"{path} must have the id of an image on each line; it has {some(strange)}")
         ids = list(map(int, lines))

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from slimconv_lit.data.base import BaseDataModule, Key, OnBadImage, Split, hold_out
+from slimconv_lit.data.base import BaseDataModule, Key, OnBadImage, Split, check_split, hold_out
 from slimconv_lit.data.transforms import Stats, digits_eval, random_affine
 
 # Of all 1,797 digits at 16x16; at 32x32 the deviation is 0.3236.
@@ -99,6 +99,7 @@ class DigitsDataModule(BaseDataModule):
             raise ValueError(f"channels={channels} must be 1 or 3")
         if image_size < 8:
             raise ValueError(f"image_size={image_size} must be at least 8, the size of the stored digits")
+        check_split(split_seed)
         self.save_hyperparameters(logger=False)
         self.split_seed = split_seed
         self.num_classes = 10

@@ -52,7 +52,8 @@ def read_list(path: Path, count: int | None = None) -> list[str]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"the list {path} is missing")
-    names = list(dict.fromkeys(Path(line.split()[0]).stem for line in path.read_text().splitlines() if line.strip()))
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    names = list(dict.fromkeys(Path(line.split()[0]).stem for line in lines if line.strip()))
     if not names or count not in (None, len(names)):
         raise DataError(f"{path} names {len(names):,} images{f', not {count:,}: unpack it again' if count else ''}")
     return names

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
+from pytorch_lightning.utilities import rank_zero_info
 from torch.utils.data import Dataset, Subset
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import find_classes
@@ -21,8 +22,9 @@ from torchvision.datasets.imagenet import (
 )
 from torchvision.models import ResNet18_Weights
 
+from slimconv_lit.checks import at_least
 from slimconv_lit.data import samples
-from slimconv_lit.data.base import BaseDataModule, OnBadImage, Split, Transformed, hold_out
+from slimconv_lit.data.base import BaseDataModule, OnBadImage, Split, Transformed, check_split, hold_out
 from slimconv_lit.data.files import DataError, EncodedImage, check_archive
 from slimconv_lit.data.shards import ShardedImages, is_sharded, read_manifest
 from slimconv_lit.data.transforms import IMAGENET_STATS, imagenet_eval, imagenet_train
@@ -35,7 +37,7 @@ class ImageNetDataModule(BaseDataModule):
     ILSVRC2012_devkit_t12.tar.gz, which are unpacked there once, or the shards that `prepare` writes; these stand
     for the folder that they are of. `validation` is accepted for `val`. Where there is no `test` folder with class
     folders, the validation images also test, as is usual for ImageNet; to choose a checkpoint on other images than it
-    is reported on, hold some out of train with `val_fraction`.
+    is reported on, hold some out of train with `val_fraction`. Where there is nothing but train, those also test.
 
     Training takes a random part of the image at `image_size`; testing resizes the shorter side to `eval_size / 0.875`
     pixels (bilinear, antialiased) and crops `eval_size` from the centre: 256 and 224, or 293 and 256 for the paper's
@@ -60,7 +62,7 @@ class ImageNetDataModule(BaseDataModule):
             no more than 1 % of them are missing, or any number in prediction.
 
     Raises:
-        ValueError: If `num_classes` is not the number of class folders.
+        ValueError: If `num_classes` is not the number of class folders, or an argument is out of its range.
     """
 
     max_workers: ClassVar[int] = 16
@@ -86,6 +88,8 @@ class ImageNetDataModule(BaseDataModule):
         super().__init__(
             root, batch_size, eval_batch_size, num_workers, seed, sample, predict_dir, pin_memory, on_bad_image
         )
+        at_least(1, num_classes=num_classes, image_size=image_size, eval_size=eval_size)
+        check_split(split_seed, val_fraction or None)
         self.save_hyperparameters(logger=False)
         self.split_seed = split_seed
         self.val_fraction = val_fraction
@@ -170,15 +174,18 @@ class ImageNetDataModule(BaseDataModule):
 
         Raises:
             FileNotFoundError: If its folder is not below `root`.
-            ValueError: If its class folders are not those of train.
+            DataError: If its class folders are not those of train.
         """
         root = samples.build_once(self.root, "imagenet", samples.write_imagenet) if self.sample else self.root
         transform = imagenet_train(self.image_size, self.trivial_augment) if split == "train" else self.eval_transform
-        held_out = self.val_fraction > 0 and split != "test"
         if split == "test" and not self._has(root, "test"):
-            data = self._read(root, "val")
-        else:
-            data = self._read(root, "train" if held_out else split)
+            if self._has(root, "val"):
+                return Transformed(self._read(root, "val"), transform)
+            if self.val_fraction > 0:
+                rank_zero_info(f"{root} has neither test nor val: the images that were held out of train also test")
+                return self.dataset("val")
+        held_out = self.val_fraction > 0 and split != "test"
+        data = self._read(root, "train" if held_out else split)
         if not held_out:
             return Transformed(data, transform)
         kept, held = hold_out(data.targets, self.val_fraction, self.split_seed)
@@ -211,19 +218,20 @@ class ImageNetDataModule(BaseDataModule):
     def _read_folder(self, root: Path, split: str) -> ImageFolder:
         folder = self._folder(root, split)
         if folder is None:
-            archive = f" nor {root / ARCHIVE_META[split][0]}" if split in ARCHIVE_META else ""
-            hold = ", hold validation images out of train with --data.val_fraction=0.1" if split == "val" else ""
+            other = ARCHIVE_META[split][0] if split in ARCHIVE_META else "val"
+            hold = ", hold validation images out of train with --data.val_fraction=0.1"
+            hold = hold if split == "val" and self._folder(root, "train") else ""
             raise FileNotFoundError(
                 f"no {split} images in root={str(root)!r}: there is neither {root / split} with a folder for each class"
-                f"{archive}. Name the folder that holds them with --data.root{hold}, or try a small sample with "
-                "--data.sample=true. ImageNet itself is to be had, with an account, at https://www.image-net.org"
+                f" nor {root / other}. Name the folder that holds them with --data.root{hold}, or try a small sample "
+                "with --data.sample=true. ImageNet itself is to be had, with an account, at https://www.image-net.org"
             )
         data = ImageFolder(folder, loader=EncodedImage)
         train = self._folder(root, "train")
         if train is not None and (differing := sorted(set(data.classes) ^ set(find_classes(train)[0]))):
-            raise ValueError(
+            raise DataError(
                 f"{folder} and {train} must have the same class folders; only one has {', '.join(differing[:5])}"
             )
         if len(data.classes) != self.num_classes:
-            raise ValueError(f"num_classes={self.num_classes}, but {folder} has {len(data.classes)} class folders")
+            raise DataError(f"num_classes={self.num_classes}, but {folder} has {len(data.classes)} class folders")
         return data

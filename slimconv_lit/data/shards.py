@@ -133,12 +133,35 @@ def read_manifest(root: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"there is no {path}: `prepare --data.root FOLDER --output {root}` makes shards")
     try:
         manifest: dict[str, Any] = json.loads(path.read_text())
-        names = [name for split in manifest["splits"].values() for name in split["files"]]
-        if manifest["format"] == _FORMAT and all(re.fullmatch(r"\w+(-\d+)?\.(tar|npy)", name) for name in names):
+        if _is_whole(manifest):
             return manifest
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     raise DataError(f"{path} is damaged, or no manifest of {_FORMAT!r}: make the shards again with `prepare`")
+
+
+def _is_whole(manifest: Any) -> bool:
+    """Whether all is there that `write_shards` writes, and of its type; one of other types may end in an error."""
+    classes, splits = manifest["classes"], manifest["splits"]
+    return (
+        manifest["format"] == _FORMAT
+        and isinstance(classes, list)
+        and len(classes) > 0
+        and all(isinstance(name, str) for name in classes)
+        and len(splits) > 0
+        and all(re.fullmatch(r"\w+", name) and _is_split(name, split) for name, split in splits.items())
+    )
+
+
+def _is_split(name: str, split: Any) -> bool:
+    index, *shards = split["files"]
+    return (
+        index == f"{name}.npy"
+        and all(re.fullmatch(r"\w+-\d+\.tar", shard) for shard in shards)
+        and all(type(f["bytes"]) is int and isinstance(f["sha256"], str) for f in split["files"].values())
+        and type(split["images"]) is int
+        and isinstance(split["source"], str)
+    )
 
 
 def check_size(path: Path, size: int) -> None:

@@ -47,17 +47,19 @@ def _read_objects(path: Path) -> list[_Object]:
         raise DataError(f"{path} defines entities, which no annotation of VOC does; it is not read") from error
     except (ParseError, ValueError, LookupError, RecursionError) as error:
         raise DataError(f"{path} is truncated or no XML: {error}. Copy or fetch it again") from error
-    if "annotation" not in tree:
-        raise DataError(f"{path} is no annotation of VOC: it holds {some(tree)}")
+    if not isinstance(annotation := tree.get("annotation"), dict):
+        raise DataError(f"{path} is no annotation of VOC: it holds {str(tree)[:80]}")
     objects = []
-    for number, entry in enumerate(tree["annotation"]["object"], start=1):
+    for number, entry in enumerate(annotation["object"], start=1):
         try:
             corners = [float(entry["bndbox"][side]) for side in _SIDES]
+            if not isinstance(entry["name"], str):
+                raise TypeError("several names, or none that is a text")
             objects.append(_Object(entry["name"], corners, bool(int(entry.get("difficult") or 0))))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise DataError(
                 f"{path}, object {number}: an object needs a name and a bndbox with the numbers {', '.join(_SIDES)}; "
-                f"this one is {entry}"
+                f"this one is {str(entry)[:300]}"
             ) from error
     return objects
 

@@ -4,6 +4,7 @@ M. Everingham et al., "The Pascal Visual Object Classes (VOC) Challenge", IJCV 2
 B. Hariharan et al., "Semantic Contours from Inverse Detectors", ICCV 2011 (SBD)
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 
+from slimconv_lit.checks import at_least
 from slimconv_lit.data import samples
 from slimconv_lit.data.base import BaseDataModule, OnBadImage, Split, Transformed
 from slimconv_lit.data.files import (
@@ -191,9 +193,8 @@ class VOC2012AugDataModule(BaseDataModule):
         super().__init__(
             root, batch_size, eval_batch_size, num_workers, seed, sample, predict_dir, pin_memory, on_bad_image
         )
-        if crop_size < 1:
-            raise ValueError(f"crop_size={crop_size} must be at least 1")
-        if not 0 < scale[0] <= scale[1]:
+        at_least(1, crop_size=crop_size)
+        if not 0 < scale[0] <= scale[1] < math.inf:
             raise ValueError(f"scale={list(scale)} must be a least and a greatest factor, both above 0")
         self.save_hyperparameters(logger=False)
         self.crop_size = crop_size

@@ -14,6 +14,7 @@ from slimconv_lit.analysis.cam import draw_cams, grad_cam
 from slimconv_lit.analysis.gates import draw_gates, gate_activations
 from slimconv_lit.analysis.maps import draw_maps, maps_of
 from slimconv_lit.analysis.redundancy import draw_redundancy, redundancy, redundancy_rows, spatial_layers
+from slimconv_lit.checks import at_least
 from slimconv_lit.lightning_cli import SlimCLI, open_checkpoint
 from slimconv_lit.lookup import closest
 from slimconv_lit.ops import SlimConv2d
@@ -39,6 +40,10 @@ def explain(argv: Sequence[str]) -> Path:
     parser.add_argument("--shown", type=int, default=6, help="images that Grad-CAM draws (default: 6)")
     parser.add_argument("--layer", help="the layer whose maps are drawn (default: the first operator)")
     own, rest = parser.parse_known_args(argv)
+    try:
+        at_least(1, images=own.images, shown=own.shown)
+    except ValueError as error:
+        raise UsageError(f"explain: --{error}") from error
     data = ["--data", own.data] if own.data else []
     cli = open_checkpoint("explain", [f"--ckpt_path={own.ckpt_path}", *data, *rest])
     with torch.random.fork_rng():

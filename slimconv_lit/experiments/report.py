@@ -6,6 +6,7 @@ import html
 import importlib
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +30,7 @@ _INK = "#010203"
 _COLOURS = ("#2a78b8", "#d9822b", "#3a9d5d", "#b8486c", "#7a5bb5", "#8a7a4b")
 # Metrics that say the same as another, or are no curve.
 _NO_CURVES = {"epoch", "step", "train/loss_step"}
+_LARGEST, _HIGHEST = 2**53, 1e300
 _EXAMPLE = "name a folder such as runs/quickstart/2026-01-31_12-00-00"
 
 _STYLE = """
@@ -134,13 +136,21 @@ def read_run(path: Path, label: str) -> Run:
     try:
         config = read_yaml(path / "config.yaml", yaml.safe_load)
         results = json.loads((path / "results.json").read_text()) if (path / "results.json").is_file() else {}
-        texts = ("network", "limited")
-        if not all(isinstance(value, int | float) for key, value in dict(results).items() if key not in texts):
+        numbers = [value for key, value in results.items() if key not in ("network", "limited")]
+        if not all(
+            isinstance(value, float) or (isinstance(value, int) and abs(value) <= _LARGEST) for value in numbers
+        ):
             raise ValueError("results.json has something else than numbers beside the network")
         curves = _curves(path / "metrics.csv") if (path / "metrics.csv").is_file() else {}
-    except (ValueError, TypeError, RecursionError) as error:
+        # Half a character and a number of thousands of digits can be read, and not be written.
+        json.dumps([config, results], ensure_ascii=False, default=str).encode()
+    except (ValueError, TypeError, AttributeError, RecursionError, csv.Error) as error:
         raise UsageError(f"compare: {path} is damaged: {' '.join(str(error).split())[:200]}") from error
     pictures = {file.stem: file for file in sorted((path / "pictures").glob("*.png"))}
+    for file in pictures.values():
+        # The page goes to others; a link of a stranger's must not put what lies elsewhere into it.
+        if not (file.is_file() and file.resolve().is_relative_to(path.resolve())):
+            raise UsageError(f"compare: {file} is no picture of this run, but a folder, or a link out of it; remove it")
     return Run(path, label, dict(_flat(config)), results, curves, pictures)
 
 
@@ -154,10 +164,16 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 def _curves(path: Path) -> dict[str, list[tuple[int, float]]]:
     curves: dict[str, list[tuple[int, float]]] = {}
     with path.open(newline="") as file:
-        for row in csv.DictReader(file):
+        for number, row in enumerate(csv.DictReader(file, restkey=""), start=1):
+            if "" in row:
+                raise ValueError(f"metrics.csv, row {number}: a field without a name")
             for key, value in row.items():
                 if value and row.get("step") and key not in _NO_CURVES and not key.startswith(("test/", "lr")):
-                    curves.setdefault(key, []).append((int(float(row["step"])) + 1, float(value)))
+                    step, height = float(row["step"]), float(value)
+                    # More than an axis can be drawn for.
+                    if not abs(step) <= _LARGEST or (math.isfinite(height) and abs(height) > _HIGHEST):
+                        raise ValueError(f"metrics.csv, row {number}: {key}={height} at step {step}")
+                    curves.setdefault(key, []).append((int(step) + 1, height))
     return {key: points for key, points in curves.items() if len(points) > 1}
 
 

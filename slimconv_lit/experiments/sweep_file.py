@@ -4,6 +4,7 @@ The same file goes to `wandb sweep`; see https://docs.wandb.ai/models/sweeps/swe
 """
 
 import itertools
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,7 +36,7 @@ OURS = ("-m", "slimconv_lit", "fit")
 _MOST_POINTS = 10_000
 _NUMBERS = {"min", "max", "mu", "sigma", "q"}
 # What any of the distributions can still be drawn from.
-_LARGEST = 2**53
+_LARGEST, _SMALLEST = 2**53, 1e-290
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,11 @@ def read_sweep(path: Path) -> Sweep:
     if method not in METHODS:
         raise ValueError(f"{path}: method: there is no {method!r}; {closest(str(method), METHODS)}")
     metric = values.get("metric") or {}
-    if not isinstance(metric, dict) or not metric.get("name") or metric.get("goal") not in ("maximize", "minimize"):
+    if (
+        not isinstance(metric, dict)
+        or not isinstance(metric.get("name"), str)
+        or metric.get("goal") not in ("maximize", "minimize")
+    ):
         raise ValueError(f"{path}: metric needs a name, such as test/top1, and a goal, maximize or minimize")
     parameters = values.get("parameters")
     if not isinstance(parameters, dict) or not parameters:
@@ -181,6 +186,33 @@ def _check_parameter(where: str, rule: Any) -> None:
     needed = {"mu", "sigma"} if "normal" in _kind(rule) else needed
     if not needed <= set(rule):
         raise ValueError(f"{where}: expected `value`, `values`, or {' and '.join(sorted(needed))}")
+    _check_range(where, rule)
+    if (parts := rule.get("probabilities")) is not None and not _are_probabilities(parts, len(rule.get("values", ()))):
+        expected = "a number from 0 to 1 for each of `values`, 1 in all"
+        raise ValueError(f"{where}.probabilities: expected {expected}, found {str(parts)[:80]}")
+
+
+def _check_range(where: str, rule: Mapping[str, Any]) -> None:
+    """Raises a ValueError unless the numbers of a rule are such that something can be drawn between them."""
+    kind = _kind(rule)
+    least = {"q": _SMALLEST, "sigma": 0} | ({"min": _SMALLEST, "max": _SMALLEST} if "log" in kind else {})
+    for key in ("q", "sigma", "min", "max"):
+        if key in rule and rule[key] < least.get(key, -math.inf):
+            bound = "more than 0" if least[key] else "0 or more"
+            raise ValueError(f"{where}.{key}: expected {bound} for {kind}, found {rule[key]}")
+        if key in rule and kind == "int_uniform" and type(rule[key]) is not int:
+            raise ValueError(f"{where}.{key}: expected a whole number for {kind}, found {rule[key]}")
+    if {"min", "max"} <= rule.keys() and rule["min"] > rule["max"]:
+        raise ValueError(f"{where}.max: expected at least the min of {rule['min']}, found {rule['max']}")
+
+
+def _are_probabilities(parts: Any, count: int) -> bool:
+    return (
+        isinstance(parts, list)
+        and len(parts) == count
+        and all(type(part) in (int, float) and 0 <= part <= 1 for part in parts)
+        and math.isclose(sum(parts), 1, abs_tol=1e-8)
+    )
 
 
 def _options(path: Path, command: Any) -> tuple[str, ...]:

@@ -18,6 +18,8 @@ from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from slimconv_lit.backbones.weights import load_weights
+from slimconv_lit.checks import at_least, from_0_to_1
+from slimconv_lit.faults import RunError
 from slimconv_lit.ops import OperatorFactory, OperatorLike, describe_operator
 from slimconv_lit.surgery import apply_plans, plans_of
 
@@ -50,7 +52,8 @@ class Picture(NamedTuple):
 class BatchMeans(Metric):
     """Means over the images of an epoch, of what each batch says is its own mean.
 
-    Logging at every step costs more than a small network's step; these are a sum and a count until the epoch ends.
+    Logging at every step costs more than a small network's step; these are a sum and a count until the epoch ends, in
+    float32 whatever the precision of the network.
 
     Args:
         names: Of what is averaged.
@@ -63,8 +66,12 @@ class BatchMeans(Metric):
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__()
         self.names = tuple(names)
-        self.add_state("totals", torch.zeros(len(self.names)), dist_reduce_fx="sum")
-        self.add_state("images", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("totals", torch.zeros(len(self.names), dtype=torch.float32), dist_reduce_fx="sum")
+        self.add_state("images", torch.zeros((), dtype=torch.float32), dist_reduce_fx="sum")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any) -> nn.Module:
+        # With its task it goes to a device, and not to another precision: sums of bf16 stop growing, and fp16 ends.
+        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), *args)
 
     def update(self, images: int, **means: Tensor) -> None:
         """Adds a batch of so many `images`, with a mean (a scalar) for each name, if all of them are finite."""
@@ -138,6 +145,9 @@ class BaseTask(pl.LightningModule):
         warmup_epochs: Epochs in which the learning rate rises linearly from a hundredth of `lr`.
         ema_decay: Decay of an exponential moving average of the weights, which is then what is validated, saved and
             tested. None for no average.
+
+    Raises:
+        ValueError: If a number is out of its range, or `milestones` do not rise.
     """
 
     monitor: str = "val/loss"
@@ -164,6 +174,12 @@ class BaseTask(pl.LightningModule):
         ema_decay: float | None = None,
     ) -> None:
         super().__init__()
+        at_least(0, lr=lr, momentum=momentum, weight_decay=weight_decay, gamma=gamma, warmup_epochs=warmup_epochs)
+        from_0_to_1(ema_decay=ema_decay)
+        if nesterov and not momentum:
+            raise ValueError("nesterov=True needs a momentum of more than 0")
+        if any(later <= sooner for sooner, later in pairwise(milestones)):
+            raise ValueError(f"milestones must rise, they are {list(milestones)}")
         # logger=False: the run folder hands the nested configuration to the loggers, once.
         self.save_hyperparameters(logger=False, ignore=["operator"])
         # The command line hands every task what it learns from the data; in_channels is no argument of all.
@@ -324,9 +340,7 @@ class BaseTask(pl.LightningModule):
         h, groups = self.hparams, optimizer.param_groups
         total = self.trainer.estimated_stepping_batches
         if not isinstance(total, int) or total < 1:
-            raise ValueError("the schedule needs to know where it ends: set trainer.max_epochs or trainer.max_steps")
-        if any(later <= sooner for sooner, later in pairwise(h["milestones"])):
-            raise ValueError(f"milestones must rise, they are {h['milestones']}")
+            raise RunError("the schedule needs to know where it ends: set trainer.max_epochs or trainer.max_steps")
         # Where only max_steps is set, asking for their total has not made Lightning count the batches.
         self.trainer.fit_loop.setup_data()
         steps_per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)

@@ -9,6 +9,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 from torchvision.transforms import v2
 
 from slimconv_lit.backbones import create_backbone
+from slimconv_lit.checks import at_least, from_0_to_1
 from slimconv_lit.ops import resolve_operator
 from slimconv_lit.tasks.base import BaseTask, Picture
 
@@ -42,6 +43,8 @@ class ClassificationTask(BaseTask):
         cutmix_alpha: float = 0.0,
         **base: Any,
     ) -> None:
+        from_0_to_1(label_smoothing=label_smoothing)
+        at_least(0, mixup_alpha=mixup_alpha, cutmix_alpha=cutmix_alpha)
         super().__init__(backbone, **base)
         mixes: list[v2.Transform] = []
         if mixup_alpha:

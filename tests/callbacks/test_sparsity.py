@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from slimconv_lit import ClassificationTask
 from slimconv_lit.callbacks.sparsity import Sparsity, draw_scales
 from slimconv_lit.cli import main
+from slimconv_lit.faults import RunError
 from slimconv_lit.surgery import prunable_norms
 
 NETWORK = {"backbone": "cifar_resnet20", "num_classes": 3, "schedule": "constant", "momentum": 0.0, "weight_decay": 0.0}
@@ -85,9 +86,11 @@ def test_a_ramp_and_a_network_that_has_been_trained(tmp_path):
 
 
 def test_mistakes(tmp_path):
-    with pytest.raises(ValueError, match="strength=-1 must not be negative"):
+    with pytest.raises(ValueError, match="strength=-1 must be at least 0"):
         Sparsity(strength=-1)
-    with pytest.raises(ValueError, match="leaves no batch norm"):
+    with pytest.raises(ValueError, match="every_n_epochs=0 must be at least 1"):
+        Sparsity(every_n_epochs=0)
+    with pytest.raises(RunError, match="leaves no batch norm"):
         fit(task(), Sparsity(exclude=["*"]), default_root_dir=tmp_path)
 
 

@@ -6,7 +6,7 @@ from PIL import Image
 from pytorch_lightning.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from slimconv_lit.callbacks import ClassReport, RunFolder, Visualize
+from slimconv_lit.callbacks import ClassReport, DetectionWriter, MaskWriter, PredictionWriter, RunFolder, Visualize
 from slimconv_lit.callbacks.class_report import draw_confusion
 from slimconv_lit.callbacks.visualize import contact_sheet
 from slimconv_lit.data import DigitsDataModule
@@ -110,3 +110,9 @@ def test_a_class_without_images_and_very_many_classes():
     counts[3] = 0
     figure = draw_confusion(counts, [f"class {i}" for i in range(200)])
     assert np.isfinite(np.asarray(figure.axes[0].images[0].get_array())).all()
+
+
+@pytest.mark.parametrize("cls", [Visualize, PredictionWriter, MaskWriter, DetectionWriter])
+def test_fewer_pictures_than_none_are_refused(cls):
+    with pytest.raises(ValueError, match="images=-1 must be at least 0"):
+        cls(images=-1)

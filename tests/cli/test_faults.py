@@ -1,7 +1,9 @@
 """What goes wrong on real machines, caused for real: each ends as promised and leaves a run that can go on."""
 
 import contextlib
+import csv
 import json
+import math
 import os
 import signal
 import subprocess
@@ -202,11 +204,17 @@ def test_the_files_of_a_batch_whose_loss_is_not_finite(photos, at_step, capsys):
     assert all(Path(sample["file"]).is_file() for sample in samples)
 
 
-def test_a_loss_that_is_not_finite_is_let_go_by_where_that_is_wanted(in_tmp, at_step):
+# The first of two batches whose gradients make one step, validated before that.
+@pytest.mark.parametrize("how", [[], ["--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=3"]])
+def test_a_loss_that_is_not_finite_is_let_go_by_where_that_is_wanted(how, in_tmp, at_step):
     at_step(2, poison)
-    assert main([*DIGITS, "--on_bad_loss=skip"]) == 0
+    assert main([*DIGITS, "--on_bad_loss=skip", *how]) == 0
     state = torch.load(run_folder() / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     assert all(value.isfinite().all() for value in state.values())
+    rows = csv.DictReader((run_folder() / "metrics.csv").open())
+    losses = [float(row["val/loss"]) for row in rows if row["val/loss"]]
+    assert len(losses) == (4 if how else 2)
+    assert all(map(math.isfinite, losses))
 
 
 def test_too_many_losses_that_are_not_finite(in_tmp, capsys):

@@ -106,5 +106,5 @@ def test_the_archive_is_unpacked_where_it_lies_and_fetched_only_when_asked(sampl
 
 
 def test_holding_out_nothing_is_refused(sample):
-    with pytest.raises(ValueError, match="between 0 and 1, not 0"):
-        sample(val_fraction=0.0).setup("fit")
+    with pytest.raises(ValueError, match=r"val_fraction=0\.0 must lie between 0 and 1"):
+        sample(val_fraction=0.0)

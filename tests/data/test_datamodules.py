@@ -19,6 +19,7 @@ from slimconv_lit.data import (
     VOC2007DataModule,
     VOC2012AugDataModule,
 )
+from slimconv_lit.data.base import FolderImages
 from slimconv_lit.data.detection import DetectionDataModule
 from slimconv_lit.data.files import DataError, EncodedImage
 
@@ -224,6 +225,13 @@ def test_pictures_taken_lying_are_turned_upright(tmp_path):
     assert image[:8].mean() > 1 > -0.5 > image[8:].mean()
 
 
+@pytest.mark.parametrize("note", [b"M", b"MM\x00*\x00\x00\x00\x08\x00"])
+def test_a_picture_with_a_damaged_note_how_to_turn_it_stays_as_it_is(tmp_path, note):
+    Image.new("RGB", (40, 60)).save(tmp_path / "phone.png", exif=b"Exif\x00\x00" + note)
+    image, _ = FolderImages(tmp_path, "RGB")[0]
+    assert image.size == (40, 60)
+
+
 def test_a_picture_that_cannot_be_decoded_is_named(make, tmp_path):
     Image.new("RGB", (40, 60)).save(tmp_path / "half.png")
     (tmp_path / "half.png").write_bytes((tmp_path / "half.png").read_bytes()[:-30])
@@ -253,10 +261,40 @@ def test_a_last_batch_of_one_image_is_left_out_of_training_only(make):
     assert [len(keys) for keys in test.batch_sampler][-1] == 1
 
 
-@pytest.mark.parametrize(("own", "said"), [({"batch_size": 0}, "batch_size=0"), ({"seed": -1}, "seed=-1")])
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        ({"batch_size": 0}, "^batch_size=0 must be at least 1$"),
+        ({"eval_batch_size": 0}, "eval_batch_size=0 must be at least 1"),
+        ({"num_workers": -1}, "num_workers=-1 must be at least 0"),
+        ({"seed": -1}, "seed=-1 must be at least 0"),
+    ],
+    ids=str,
+)
 def test_values_that_cannot_work_are_named(make, own, said):
     with pytest.raises(ValueError, match=said):
         make(**own)
+
+
+@pytest.mark.parametrize(
+    ("cls", "own", "said"),
+    [
+        (DigitsDataModule, {"split_seed": -1}, "split_seed=-1 must be from 0 to 4294967295"),
+        (CIFAR100DataModule, {"split_seed": 2**32}, "split_seed=4294967296 must be from 0 to 4294967295"),
+        (CIFAR100DataModule, {"val_fraction": 1.0}, r"val_fraction=1\.0 must lie between 0 and 1"),
+        (CIFAR100DataModule, {"cutout": -1}, "cutout=-1 must be at least 0"),
+        (ImageNetDataModule, {"split_seed": -1}, "split_seed=-1 must be from 0"),
+        (ImageNetDataModule, {"val_fraction": -0.1}, r"val_fraction=-0\.1 must lie between 0 and 1"),
+        (ImageNetDataModule, {"image_size": 0}, "image_size=0 must be at least 1"),
+        (ImageNetDataModule, {"eval_size": 0}, "eval_size=0 must be at least 1"),
+        (ImageNetDataModule, {"num_classes": -3}, "num_classes=-3 must be at least 1"),
+        (VOC2012AugDataModule, {"scale": (0.5, float("inf"))}, r"scale=\[0\.5, inf\] must be"),
+    ],
+    ids=str,
+)
+def test_values_of_one_data_set_that_cannot_work_are_named(cls, own, said):
+    with pytest.raises(ValueError, match=said):
+        cls(**own)
 
 
 def test_workers_default_to_no_more_than_the_cores():

@@ -1,5 +1,6 @@
 import hashlib
 import io
+import json
 import tarfile
 
 import numpy as np
@@ -9,7 +10,9 @@ from PIL import Image
 from scipy.io import savemat
 from torchvision.datasets import imagenet
 
+from slimconv_lit.cli import main
 from slimconv_lit.data import ImageNetDataModule
+from slimconv_lit.data.files import DataError
 
 
 def write_tree(root, splits, classes, count=4, size=(48, 40)):
@@ -71,6 +74,38 @@ def test_validation_can_be_held_out_of_train(tmp_path):
     assert sorted(data.dataset("val").source[i][1] for i in range(4)) == [0, 0, 1, 1]
     with pytest.raises(FileNotFoundError, match=r"no val images.*--data\.val_fraction=0\.1.*--data\.sample=true"):
         make(tmp_path).setup("validate")
+
+
+def test_train_alone_trains_and_tests_as_the_hint_says(in_tmp, capsys, caplog):
+    write_tree(in_tmp / "photos", ["train"], ["a", "b"], count=10)
+    fit = ["fit", "--config=quickstart.yaml", "--model.backbone=timm:test_resnet", "--data=ImageNetDataModule"]
+    fit += ["--data.root=photos", "--data.image_size=32", "--data.num_workers=0", "--data.batch_size=8"]
+    fit += ["--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--logger=csv"]
+    assert main(fit) == 2
+    assert "neither photos/val with" in (told := capsys.readouterr().err)
+    assert "--data.val_fraction=0.1" in told
+    assert main([*fit, "--data.val_fraction=0.2"]) == 0
+    assert "the images that were held out of train also test" in caplog.text
+    (results,) = in_tmp.glob("runs/quickstart/*/results.json")
+    assert 0 <= json.loads(results.read_text())["test/top1"] <= 1
+    # What only the test would meet is told before the training too.
+    write_tree(in_tmp / "photos", ["test"], ["a", "c"])
+    assert main([*fit, "--data.val_fraction=0.2"]) == 2
+    assert "test and photos/train must have the same class folders; only one has b, c" in capsys.readouterr().err
+    assert len(list(in_tmp.glob("runs/quickstart/*"))) == 1
+
+
+def test_a_part_too_small_to_hold_out_is_named(tmp_path):
+    write_tree(tmp_path, ["train"], ["a", "b"])
+    with pytest.raises(DataError, match=r"val_fraction=0\.05 of 8 images in 2 classes: .* an image of each class"):
+        make(tmp_path, val_fraction=0.05).setup("fit")
+
+
+def test_who_tests_alone_is_not_told_to_hold_out_of_train(tmp_path):
+    write_tree(tmp_path, ["train"], ["a", "b"])
+    with pytest.raises(FileNotFoundError, match=r"no test images in .*neither .*test with .* nor .*val\. ") as caught:
+        make(tmp_path).setup("test")
+    assert "val_fraction" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("eval_size", "shorter"), [(None, 256), (256, 293)])

@@ -149,12 +149,39 @@ def test_an_index_that_points_elsewhere_is_named(shards, field):
         make(shards).setup("fit")
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"splits": 3}', '{"format": "x", "splits": {}}', "../x.tar"])
-def test_a_manifest_that_is_none_is_named(shards, text):
+def lacking(*keys):
+    """A change of a manifest: what lies there is gone."""
+
+    def change(text):
+        manifest = inner = json.loads(text)
+        for key in keys[:-1]:
+            inner = inner[key]
+        del inner[keys[-1]]
+        return json.dumps(manifest)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(lambda _, text=text: text for text in ("", "[]", '{"splits": 3}', '{"format": "x", "splits": {}}')),
+        lambda _: "[" * 100_000,
+        lambda text: text.replace("train-00000.tar", "../x.tar"),
+        lambda text: text.replace('"cat"', "5"),
+        lacking("classes"),
+        lacking("splits", "train", "images"),
+        lacking("splits", "train", "files", "train.npy"),
+        lacking("splits", "train", "files", "train.npy", "bytes"),
+    ],
+)
+def test_a_manifest_that_is_none_is_named(shards, change, capsys):
     path = shards / "manifest.json"
-    path.write_text(path.read_text().replace("train-00000.tar", text) if text.endswith(".tar") else text)
+    path.write_text(change(path.read_text()))
     with pytest.raises(DataError, match=r"manifest\.json is damaged"):
         make(shards)
+    assert main(["prepare", f"--output={shards}", "--verify"]) == 2
+    assert f"error: {path} is damaged" in capsys.readouterr().err
 
 
 def test_missing_images_and_strange_numbers_are_told(tmp_path, capsys):

@@ -214,6 +214,12 @@ def test_an_empty_list_is_named(tmp_path):
     [
         ("<annotation><object><name>cat</na", r"a\.xml is truncated or no XML"),
         ("<html>404</html>", r"a\.xml is no annotation of VOC"),
+        ("<annotation>foo</annotation>", r"a\.xml is no annotation of VOC: .*foo"),
+        (
+            "<annotation><object><name>cat</name><name>dog</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>5</xmax>"
+            "<ymax>9</ymax></bndbox></object></annotation>",
+            r"a\.xml, object 1: .*needs a name .*\['cat', 'dog'\]",
+        ),
         ('<!DOCTYPE a [<!ENTITY b "x"><!ENTITY c "&b;&b;">]><a>&c;</a>', r"a\.xml defines entities"),
         ('<!DOCTYPE a [<!ENTITY b SYSTEM "file:///etc/passwd">]><a>&b;</a>', r"a\.xml defines entities"),
         ('<!DOCTYPE a SYSTEM "http://localhost/a.dtd"><a/>', r"a\.xml defines entities"),

@@ -54,5 +54,8 @@ def test_mistakes(runs, monkeypatch, capsys):
     assert "has no image" in capsys.readouterr().err
     assert main(["explain", "--ckpt_path=last", "--name=slim", "--layer=layer1.0.conv3"]) == 2
     assert "'layer1.0.conv3'; did you mean 'layer1.0.conv2'" in capsys.readouterr().err
+    for words in (["--images=0"], ["--shown=0", "--images=8"]):
+        assert main(["explain", "--ckpt_path=last", "--name=slim", *words]) == 2
+        assert f"error: explain: {words[0]} must be at least 1" in capsys.readouterr().err
     assert main(["explain", "--ckpt_path=nowhere.ckpt"]) == 2
     assert "no file 'nowhere.ckpt'" in capsys.readouterr().err

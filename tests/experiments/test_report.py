@@ -145,6 +145,47 @@ def test_mistakes(in_tmp, capsys):
     assert "something else than numbers" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("metrics.csv", "step,val/x\n1,2,3\n", "metrics.csv, row 1: a field without a name"),
+        ("metrics.csv", "step,val/x\ninf,2\n", "metrics.csv, row 1: val/x=2.0 at step inf"),
+        ("metrics.csv", "step,val/x\n1,1e308\n2,-1e308\n", "metrics.csv, row 1: val/x=1e+308 at step 1.0"),
+        ("metrics.csv", f"step,val/x\n1,{'2' * 200_000}\n", "field larger than field limit"),
+        ("results.json", "[]", "'list' object has no attribute"),
+        ("results.json", f'{{"params": 1{"0" * 400}, "macs": 3}}', "something else than numbers"),
+        ("results.json", '{"network": "\\ud800"}', "surrogates not allowed"),
+        ("config.yaml", f"a: 0x{'f' * 20_000}\n", "Exceeds the limit"),
+    ],
+)
+def test_a_file_that_cannot_be_shown_is_told_in_one_line(name, text, said, tmp_path, capsys):
+    folder = make_run(tmp_path / "a")
+    (folder / name).write_text(text)
+    assert main(["compare", str(folder), "--rounds=0"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: compare: {folder} is damaged: ")
+    assert said in line
+
+
+@pytest.mark.parametrize("what", ["folder", "link", "linked folder"])
+def test_pictures_that_are_none_of_the_run_are_not_shown(what, tmp_path, capsys):
+    folder, secret = make_run(tmp_path / "a"), make_run(tmp_path / "elsewhere") / "pictures" / "validation.png"
+    picture = folder / "pictures" / "validation.png"
+    picture.unlink()
+    match what:
+        case "folder":
+            picture.mkdir()
+        case "link":
+            picture.symlink_to(secret)
+        case _:
+            picture.parent.rmdir()
+            picture.parent.symlink_to(secret.parent)
+    page = tmp_path / "page.html"
+    assert main(["compare", str(folder), "--rounds=0", f"--output={page}"]) == 2
+    assert f"error: compare: {picture} is no picture of this run" in capsys.readouterr().err
+    assert not page.exists()
+
+
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
 @pytest.mark.parametrize("width", [1280, 400])
 def test_a_browser_shows_it_without_errors_or_overflow(width, tmp_path):

@@ -20,6 +20,8 @@ GOOD = {
     "command": ["${env}", "${interpreter}", "-m", "slimconv_lit", "fit", "--config", "quickstart.yaml", "${args}"],
 }
 
+LOG = {"distribution": "log_uniform_values", "min": 0.1, "max": 1}
+
 
 def write(folder, **changes):
     path = folder / "sweep.yaml"
@@ -101,6 +103,35 @@ def test_draws_lie_in_their_range(tmp_path_factory, kind, data):
         ({"parameters": {"a": {"min": 1}}}, "parameters.a: expected `value`, `values`, or max and min"),
         ({"parameters": {"a": {"distribution": "unifrom"}}}, "no 'unifrom'; did you mean 'uniform'"),
         ({"parameters": {"a": 3}}, "parameters.a: expected `value`"),
+        *(
+            ({"parameters": {"a": rule}}, message)
+            for rule, message in (
+                (LOG | {"min": 0}, "parameters.a.min: expected more than 0 for log_uniform_values, found 0"),
+                (LOG | {"min": -1}, "parameters.a.min: expected more than 0 for log_uniform_values, found -1"),
+                (LOG | {"max": 0.01}, "parameters.a.max: expected at least the min of 0.1, found 0.01"),
+                ({"min": 3, "max": 2}, "parameters.a.max: expected at least the min of 3, found 2"),
+                (
+                    {"distribution": "int_uniform", "min": 0.5, "max": 2},
+                    r"parameters.a.min: expected a whole number for int_uniform, found 0\.5",
+                ),
+                (
+                    {"distribution": "normal", "mu": 0, "sigma": -1},
+                    "parameters.a.sigma: expected 0 or more for normal, found -1",
+                ),
+                (
+                    {"distribution": "q_uniform", "min": 0, "max": 2, "q": 0},
+                    "parameters.a.q: expected more than 0 for q_uniform, found 0",
+                ),
+                *(
+                    (
+                        {"values": [1, 2], "probabilities": parts},
+                        "parameters.a.probabilities: .* each of `values`, 1 in",
+                    )
+                    for parts in ([1], [0.5, 0.6], [-1, 2], "x", 1)
+                ),
+            )
+        ),
+        ({"metric": {"name": 3, "goal": "maximize"}}, "metric needs a name"),
         ({"command": ["python", "train.py", "${args}"]}, "must run `python -m slimconv_lit fit`"),
         ({"command": None}, r"a list with \$\{args\}"),
         ({"command": [*GOOD["command"], "${args_json}"]}, r"\$\{args_json\} is not understood"),

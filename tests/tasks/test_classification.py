@@ -9,6 +9,7 @@ from pytorch_lightning.loggers import CSVLogger
 from torch.utils.data import DataLoader, TensorDataset
 
 from slimconv_lit.data import DigitsDataModule
+from slimconv_lit.faults import RunError
 from slimconv_lit.ops import SlimConv2d
 from slimconv_lit.tasks import ClassificationTask
 from slimconv_lit.tasks.base import BatchMeans
@@ -110,9 +111,26 @@ def test_constant():
     assert learning_rates(2, schedule="constant", lr=0.2) == pytest.approx([0.2] * 8)
 
 
-def test_milestones_must_rise():
-    with pytest.raises(ValueError, match="must rise"):
-        learning_rates(2, schedule="multistep", milestones=[2, 1])
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        ({"milestones": [2, 1]}, r"milestones must rise, they are \[2, 1\]"),
+        ({"lr": -1.0}, r"lr=-1\.0 must be at least 0"),
+        ({"ema_decay": 2.0}, r"ema_decay=2\.0 must be from 0 to 1"),
+        ({"nesterov": True, "momentum": 0.0}, "nesterov=True needs a momentum"),
+        ({"label_smoothing": 1.5}, r"label_smoothing=1\.5 must be from 0 to 1"),
+        ({"mixup_alpha": -1.0}, r"mixup_alpha=-1\.0 must be at least 0"),
+    ],
+    ids=str,
+)
+def test_values_that_cannot_work_are_named(own, said):
+    with pytest.raises(ValueError, match=said):
+        ClassificationTask(**SMALL, **own)
+
+
+def test_a_schedule_without_an_end_is_told():
+    with pytest.raises(RunError, match=r"set trainer\.max_epochs or trainer\.max_steps"):
+        trainer(max_epochs=-1).fit(ClassificationTask(**SMALL), few())
 
 
 def saver(folder):
@@ -180,6 +198,30 @@ def test_an_epochs_means_are_over_images():
     fit.fit(task, few())
     expected = sum(size * loss for size, loss in seen) / sum(size for size, _ in seen)
     assert fit.callback_metrics["train/loss"].item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("cast", [torch.nn.Module.half, torch.nn.Module.bfloat16, lambda m: m.to(torch.bfloat16)])
+def test_an_epochs_means_keep_their_precision_in_a_network_of_less(cast):
+    task = cast(ClassificationTask(**SMALL))
+    for means in (task.train_means, task.val_means):
+        means.reset()
+        for i in range(600):
+            given = dict.fromkeys(means.names, torch.tensor(i / 600))
+            means.update(128, **given)
+        assert means.compute()["loss"].item() == pytest.approx(599 / 1200, rel=1e-4)
+
+
+def test_a_fit_in_bf16_logs_the_means_of_its_batches(tmp_path):
+    task, fit, seen = ClassificationTask(**SMALL, lr=0.0), trainer(max_epochs=1, precision="bf16-true"), []
+    task.loss.register_forward_hook(lambda *call: seen.append(call[2].item()))
+    fit.fit(task, few(batches=40), few(batches=1))
+    # Lightning's sanity check, the epoch, its validation.
+    _, *train, val = seen
+    assert len(train) == 40
+    assert fit.callback_metrics["train/loss"].item() == pytest.approx(sum(train) / 40, rel=1e-5)
+    assert fit.callback_metrics["val/loss"].item() == pytest.approx(val, rel=1e-5)
+    fit.save_checkpoint(tmp_path / "a.ckpt")
+    assert torch.load(tmp_path / "a.ckpt", weights_only=True)["train_means"]["totals"].dtype == torch.float32
 
 
 def test_the_loss_of_a_step_is_logged_where_loggers_look(tmp_path):
