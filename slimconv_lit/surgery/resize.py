@@ -63,8 +63,9 @@ def check_resize(layer: nn.Module, width: int, role: Role) -> None:
 class Edits:
     """Changes to a network that can be taken back in one step.
 
-    Each module that is put in or resized gets an attribute `rewritten`, so that whoever loads the plain network's
-    weights can tell it from a module of another network.
+    What substitution puts in or resizes gets an attribute `rewritten`, so that whoever loads the plain network's
+    weights can tell it from a module of another network. Pruning and fusing do not set it: of a network that was
+    pruned otherwise, or is not fused, no weights fit.
 
     Args:
         model: The network that is changed, in place.
@@ -86,7 +87,6 @@ class Edits:
         before = parent.get_submodule(child)
         self._undo.append(functools.partial(setattr, parent, child, before))
         setattr(parent, child, module)
-        module.rewritten = True  # type: ignore[assignment]
 
     def resize(self, name: str, old: int, new: int, role: Role) -> None:
         """Narrows layer `name` from `old` to `new` channels on one side; it keeps the leading part of its weights.
@@ -122,7 +122,6 @@ class Edits:
         another grouped convolution each group must keep equally many. A linear layer's positions are its features.
         """
         layer = self.model.get_submodule(name)
-        self._set(layer, {"rewritten": True})
         index = torch.as_tensor(kept)
         if isinstance(layer, nn.Linear):
             self._set(layer, {"in_features" if role == "input" else "out_features": len(kept)})

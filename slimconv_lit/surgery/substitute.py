@@ -443,11 +443,13 @@ def _apply(model: nn.Module, changes: list[_Change], trial: bool = False) -> Non
                 with torch.device(host.weight.device), NothingDrawn():
                     built = change.build()
             built = built.to(dtype=host.weight.dtype).train(host.training)
+            built.rewritten = True
             edits.replace(change.layer, built.to(memory_format=torch.channels_last) if channels_last else built)
             if change.absorbed:
                 norm = model.get_submodule(change.absorbed)
                 rest = without_norm(norm)
                 assert rest is not None
+                rest.rewritten = True  # type: ignore[assignment]
                 edits.replace(change.absorbed, rest.train(norm.training))
             for layer in (*change.follow.readers, *change.follow.norms):
                 edits.resize(layer, host.out_channels, built.out_channels, "input")
