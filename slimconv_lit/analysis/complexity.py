@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from slimconv_lit.backbones.stages import image_channels
-from slimconv_lit.surgery.trace import shadow_of
+from slimconv_lit.surgery.trace import ConstantsOnMeta, shadow_of
 
 InputSize: TypeAlias = int | tuple[int, int] | tuple[int, int, int]
 """Of one image, in pixels: its side, or (height, width), or (channels, height, width)."""
@@ -74,7 +74,7 @@ def macs_by_layer(model: nn.Module, input_size: InputSize) -> list[LayerCost]:
         module.register_forward_hook(lambda m, args, output, name=name: note(name, output))
     dtype = next((p.dtype for p in shadow.parameters() if p.is_floating_point()), torch.float32)
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
+    with torch.no_grad(), ConstantsOnMeta(), counter:
         shadow(torch.empty(1, *image_shape(model, input_size), dtype=dtype, device="meta"))
     counts = counter.get_flop_counts()
     root = type(shadow).__name__

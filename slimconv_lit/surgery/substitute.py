@@ -28,11 +28,10 @@ from slimconv_lit.surgery.trace import (
     Inputs,
     NothingDrawn,
     check_network,
-    example_inputs,
     quiet_pass,
     shadow_of,
     skip_norms,
-    trace,
+    trace_example,
 )
 from slimconv_lit.tables import format_table
 
@@ -207,7 +206,7 @@ def substitute(
             raise ValueError(f"include={pattern!r} matches no spatial convolution; {closest(pattern, convs)}")
 
     try:
-        graph, inputs = _trace(model, example_input)
+        graph, inputs = trace_example(model, example_input)
     except Exception as error:
         why = f"the network could not be traced: {one_line(error)}"
         # Who does not look at the report would train a plain network.
@@ -238,6 +237,12 @@ def substitute(
     if failure:
         reasons.update(dict.fromkeys(changes, f"the network does not run with these replaced: {failure}"))
         changes.clear()
+
+    if graph.unseen and any(graph.unseen in why for why in reasons.values()):
+        warnings.warn(
+            f"nothing was narrowed: it may go into {graph.unseen}; an example_input that training takes may help",
+            stacklevel=3,
+        )
 
     was = {name: _describe(conv) for name, conv in convs.items()}
     _apply(model, list(changes.values()))
@@ -283,17 +288,6 @@ def one_line(error: BaseException) -> str:
     """An error's type and message, shortened to one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:160]}{'...' if len(text) > 160 else ''}"
-
-
-def _trace(model: nn.Module, example_input: Any) -> tuple[ChannelGraph, Inputs]:
-    first: Exception | None = None
-    for inputs in example_inputs(model, example_input):
-        try:
-            return trace(model, inputs), inputs
-        except Exception as error:
-            first = first or error
-    assert first is not None
-    raise first
 
 
 def _check_wanted(name: str, conv: nn.Module, include: Patterns, exclude: Patterns, min_channels: int) -> None:
@@ -418,7 +412,7 @@ def _try_out(model: nn.Module, graph: ChannelGraph, inputs: Inputs, changes: lis
     try:
         _apply(shadow, changes, trial=True)
         skip_norms(shadow)
-        with torch.device("meta"), quiet_pass():
+        with quiet_pass():
             for mode, expected in graph.outputs.items():
                 shadow.train(mode == "train")
                 args, kwargs = tree_map(lambda v: v.to("meta") if isinstance(v, torch.Tensor) else v, inputs)
