@@ -23,7 +23,7 @@ from slimconv_lit.lookup import closest
 from slimconv_lit.ops import Operator, OperatorFactory, OperatorLike, SlimConv2d, resolve_operator
 from slimconv_lit.ops.base import check_arguments, own_arguments, pair, same_padding
 from slimconv_lit.surgery.graph import ChannelGraph, NotPrivateError, Private
-from slimconv_lit.surgery.resize import Edits, ResizeError, Role, check_resize, host_forward, without_norm
+from slimconv_lit.surgery.resize import Edits, ResizeError, Role, check_resize, has_hooks, host_forward, without_norm
 from slimconv_lit.surgery.trace import (
     Inputs,
     NothingDrawn,
@@ -226,17 +226,14 @@ def substitute(
         except _LeaveError as leave:
             reasons[name] = str(leave)
 
-    failure = _try_out(model, graph, inputs, list(changes.values()))
-    if failure:
-        for name, change in list(changes.items()):
-            alone = _try_out(model, graph, inputs, [change])
-            if alone:
-                del changes[name]
-                reasons[name] = f"the network does not run with it replaced: {alone}"
-        failure = _try_out(model, graph, inputs, list(changes.values()))
-    if failure:
-        reasons.update(dict.fromkeys(changes, f"the network does not run with these replaced: {failure}"))
-        changes.clear()
+    if _try_out(model, graph, inputs, list(changes.values())):
+        planned, changes = changes, {}
+        for name, change in planned.items():
+            failure = _try_out(model, graph, inputs, [*changes.values(), change])
+            if failure:
+                reasons[name] = f"the network does not run with it replaced: {failure}"
+            else:
+                changes[name] = change
 
     if graph.unseen and any(graph.unseen in why for why in reasons.values()):
         warnings.warn(
@@ -323,16 +320,25 @@ def _plan(
 ) -> _Change:
     conv = model.get_submodule(name)
     assert isinstance(conv, nn.Conv2d)
+    if not name:
+        raise _LeaveError("is the whole network, which has no place to put another layer in")
     if name not in graph.spaces:
         raise _LeaveError("never ran in the traced forward pass")
     if graph.calls[name] > 1 or name in shared:
         raise _LeaveError("is used more than once")
     if problem := host_forward(conv):
         raise _LeaveError(problem)
-    if conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks:
+    if has_hooks(conv):
         raise _LeaveError("carries hooks, which would be lost")
     if conv.padding_mode != "zeros":
         raise _LeaveError(f"has padding_mode={conv.padding_mode!r}")
+
+    for layer, change in changes.items():
+        # Replaced, it would not have the width that it is narrowed to.
+        if name in change.follow.readers:
+            raise _LeaveError(f"reads {layer}, which is slimmed, and restores the width")
+        if name in change.follow.gates:
+            raise _LeaveError(f"writes the gate of {layer}, which is slimmed")
 
     kernel, stride, dilation = (_simple(size) for size in (conv.kernel_size, conv.stride, conv.dilation))
     arguments = (conv.in_channels, conv.out_channels, kernel, stride, dilation, conv.groups, _own_padding(conv))
@@ -345,14 +351,15 @@ def _plan(
 
     consumers = graph.spaces[name].consumers
     norm = next(iter(consumers)) if len(consumers) == 1 else None
-    absorbed = norm if norm and graph.calls[norm] == 1 and without_norm(model.get_submodule(norm)) else None
+    absorbed = norm if norm and graph.calls[norm] == 1 and without_norm(model.get_submodule(norm)) is not None else None
+    if absorbed and has_hooks(model.get_submodule(absorbed)):
+        raise _LeaveError(f"its norm {absorbed} carries hooks, which would be lost")
     if width == conv.out_channels:
         return _Change(name, build, trial, absorbed, Private())
     if width > conv.out_channels:
         raise _LeaveError(f"would write {width} channels where the convolution writes {conv.out_channels}")
-    slim = [layer for layer, change in changes.items() if name in change.follow.readers]
     # Those of an earlier call too: a second one changes nothing.
-    slim += [
+    slim = [
         layer
         for layer, space in graph.spaces.items()
         if isinstance(built := model.get_submodule(layer), type(trial)) and built.out_channels < built.in_channels
@@ -369,6 +376,8 @@ def _plan(
         role: Role = "output" if layer in follow.gates else "input"
         if layer in shared:
             raise _LeaveError(f"is read by {layer}, which is used more than once")
+        if layer in changes:
+            raise _LeaveError(f"is multiplied by what {layer} writes, which is replaced")
         try:
             check_resize(model.get_submodule(layer), width, role)
         except ResizeError as error:
