@@ -147,7 +147,7 @@ def slimify(
     Raises:
         ValueError, TypeError: As `substitute`.
     """
-    check_arguments("slimify", slim_conv, own_arguments(SlimConv2d) | slimify.__kwdefaults__.keys())
+    check_arguments("slimify", slim_conv, own_arguments(SlimConv2d) | set(slimify.__kwdefaults__ or ()))
     operator = functools.partial(SlimConv2d, k=k, **slim_conv)
     return substitute(model, operator, include, exclude, min_channels=min_channels, example_input=example_input)
 
@@ -446,14 +446,14 @@ def _apply(model: nn.Module, changes: list[_Change], trial: bool = False) -> Non
                 with torch.device(host.weight.device), NothingDrawn():
                     built = change.build()
             built = built.to(dtype=host.weight.dtype).train(host.training)
-            built.rewritten = True
             edits.replace(change.layer, built.to(memory_format=torch.channels_last) if channels_last else built)
+            edits.set(change.layer, {"rewritten": True})
             if change.absorbed:
                 norm = model.get_submodule(change.absorbed)
                 rest = without_norm(norm)
                 assert rest is not None
-                rest.rewritten = True  # type: ignore[assignment]
                 edits.replace(change.absorbed, rest.train(norm.training))
+                edits.set(change.absorbed, {"rewritten": True})
             for layer in (*change.follow.readers, *change.follow.norms):
                 edits.resize(layer, host.out_channels, built.out_channels, "input")
             for layer in change.follow.gates:

@@ -169,5 +169,5 @@ def test_plain_weights_do_not_go_into_a_fused_network(tmp_path):
     torch.save(chain(0).state_dict(), tmp_path / "plain.pth")
     target = chain(0)
     fuse(target, torch.ones(1, 3, 8, 8))
-    with pytest.raises(ValueError, match="0.1.weight .* is in the file, and the network has no 0.1.weight"):
+    with pytest.raises(ValueError, match=r"0\.1\.weight .* is in the file, and the network has no 0\.1\.weight"):
         load_weights(target, tmp_path / "plain.pth")
