@@ -12,7 +12,6 @@ import math
 import sys
 from collections.abc import Callable, Collection, Mapping
 from fractions import Fraction
-from numbers import Integral
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -80,7 +79,7 @@ def check_whole(**arguments: Any) -> None:
     """
     for name, value in arguments.items():
         parts = value if isinstance(value, tuple | list) else (value,)
-        if not all(isinstance(part, Integral) and part >= 1 for part in parts):
+        if not all(isinstance(part, int) and part >= 1 for part in parts):
             raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
 
 
@@ -209,7 +208,8 @@ def _from_values(values: Mapping[str, Any]) -> OperatorFactory:
         raise ValueError(f"operator: there is no {given!r}; {closest(given if named else name, known)}")
     if len(found) > 1:
         raise ValueError(f"operator: {given!r} may be {' or '.join(sorted(found))}; give the one that is meant in full")
-    return functools.partial(*found.values(), **values.get("init_args", {}))
+    (cls,) = found.values()
+    return functools.partial(cls, **values.get("init_args", {}))
 
 
 def describe_operator(operator: OperatorLike) -> dict[str, Any]:

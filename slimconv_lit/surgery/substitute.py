@@ -181,7 +181,8 @@ def substitute(
         min_channels: Convolutions that read fewer channels are left alone (stems, as a rule).
         pointwise: Take 1x1 convolutions for spatial ones; Ghost modules stand in their place too.
         example_input: A tensor, a tuple of positional or a dict of keyword arguments of the forward pass; only shapes
-            and dtypes matter. By default images of common sizes are tried.
+            and dtypes matter. By default images of common sizes are tried. Where training wants more (targets) and has
+            layers of its own, give that too; else what they may read is not narrowed.
 
     Returns:
         The report; it prints as a table.
