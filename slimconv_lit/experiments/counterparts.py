@@ -94,8 +94,9 @@ def counterparts(own: Any) -> tuple[Networks, Path]:
 def _label(operator: OperatorLike) -> str:
     """An operator in a few words: its class, k, and what else is not as by default."""
     described = describe_operator(operator)
-    name = described["class_path"].rpartition(".")[2]
-    defaults = {key: p.default for key, p in inspect.signature(operator_classes()[name]).parameters.items()}
+    cls = operator_classes()[described["class_path"]]
+    name = cls.__name__
+    defaults = {key: p.default for key, p in inspect.signature(cls).parameters.items()}
     given = ({"k": defaults["k"]} if "k" in defaults else {}) | described["init_args"]
     words = [name]
     for key, value in given.items():

@@ -9,6 +9,7 @@ goes on where it was stopped.
 
 import argparse
 import contextlib
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -207,7 +208,10 @@ class _Loop:
         self, name: str, made_from: Config, weights: str | None, make: Callable[[str, Config, str | None], _Made]
     ) -> _Stage:
         """The stage `name`: read, if it was made from the same, else made."""
-        own = json.loads(json.dumps(made_from | {"weights": weights, "fit": self.fit_options}))
+        # The file may have been written anew since.
+        digest = _sha256(Path(weights)) if weights else None
+        facts = {"weights": weights, "sha256": digest, "fit": self.fit_options}
+        own = json.loads(json.dumps(made_from | facts))
         record = self.folder / name / "stage.json"
         with contextlib.suppress(FileNotFoundError, json.JSONDecodeError, TypeError):
             known = _Stage(**json.loads(record.read_text()))
@@ -329,6 +333,11 @@ class _Loop:
         about = ", ".join(f"{key} {value}" for key, value in machine().items())
         print(f"\n{format_table(table)}\n\nlatency: one image, forward, median (quartiles), on {about}")
         print(f"in {self.folder}: slimming.csv, slimming.png")
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _line(results: Mapping[str, Any]) -> Config:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import sys
 from collections.abc import Callable, Collection, Mapping
 from fractions import Fraction
 from typing import Any, TypeAlias
@@ -60,12 +61,35 @@ def same_padding(kernel_size: Size, dilation: Size) -> tuple[int, int]:
     return spread[0] * (kernel[0] // 2), spread[1] * (kernel[1] // 2)
 
 
+def padding_of(kernel_size: Size, dilation: Size, padding: Size | None) -> tuple[int, int]:
+    """What an operator pads by: `padding`, or the same padding where that is None.
+
+    Raises:
+        ValueError: If `kernel_size` or `dilation` is below 1.
+    """
+    check_whole(kernel_size=kernel_size, dilation=dilation)
+    return same_padding(kernel_size, dilation) if padding is None else pair(padding)
+
+
+def check_whole(**arguments: Any) -> None:
+    """For arguments that are whole numbers from 1 on, or one of them for each axis.
+
+    Raises:
+        ValueError: If one is not.
+    """
+    for name, value in arguments.items():
+        parts = value if isinstance(value, tuple | list) else (value,)
+        if not all(isinstance(part, int) and part >= 1 for part in parts):
+            raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+
+
 def check_keeps_size(kernel_size: Size, dilation: Size, padding: Size | None) -> None:
     """For operators whose paths would not meet in size otherwise: at stride 1 the map must keep its size.
 
     Raises:
         ValueError: If the kernel is even or the padding another; the message gives what works.
     """
+    check_whole(kernel_size=kernel_size, dilation=dilation)
     kernel, own = pair(kernel_size), same_padding(kernel_size, dilation)
     if not all(k % 2 for k in kernel):
         odd = " or ".join(str(tuple(k + step * (k % 2 == 0) for k in kernel)) for step in (-1, 1))
@@ -136,14 +160,18 @@ def check_arguments(what: str, given: Mapping[str, Any], known: Collection[str])
 
 
 def operator_classes() -> dict[str, type[Operator]]:
-    """Every operator class that has been imported, the user's own too, by class name."""
+    """Every operator class that has been imported, the user's own too, by module and class name."""
     found: dict[str, type[Operator]] = {}
     pending = Operator.__subclasses__()
     while pending:
         cls = pending.pop()
-        found[cls.__name__] = cls
+        found[_path(cls)] = cls
         pending.extend(cls.__subclasses__())
     return found
+
+
+def _path(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def resolve_operator(operator: OperatorLike) -> OperatorFactory:
@@ -169,11 +197,19 @@ def resolve_operator(operator: OperatorLike) -> OperatorFactory:
 
 
 def _from_values(values: Mapping[str, Any]) -> OperatorFactory:
-    name = str(values["class_path"]).rpartition(".")[2]
-    classes = operator_classes()
-    if name not in classes:
-        raise ValueError(f"operator: there is no {name!r}; {closest(name, classes)}")
-    return functools.partial(classes[name], **values.get("init_args", {}))
+    given = str(values["class_path"])
+    module, _, name = given.rpartition(".")
+    named = {path: cls for path, cls in operator_classes().items() if cls.__name__ == name}
+    # By any module that has the class, such as the package. None is imported: the name may come from a checkpoint.
+    there = getattr(sys.modules.get(module), name, None)
+    found = {path: cls for path, cls in named.items() if given in (name, path) or cls is there}
+    if not found:
+        known = named or {cls.__name__ for cls in operator_classes().values()}
+        raise ValueError(f"operator: there is no {given!r}; {closest(given if named else name, known)}")
+    if len(found) > 1:
+        raise ValueError(f"operator: {given!r} may be {' or '.join(sorted(found))}; give the one that is meant in full")
+    (cls,) = found.values()
+    return functools.partial(cls, **values.get("init_args", {}))
 
 
 def describe_operator(operator: OperatorLike) -> dict[str, Any]:
@@ -189,4 +225,4 @@ def describe_operator(operator: OperatorLike) -> dict[str, Any]:
     if cls is None:
         raise ValueError(f"operator: {factory!r} is neither an operator class nor a functools.partial of one")
     init_args = dict(factory.keywords) if isinstance(factory, functools.partial) else {}
-    return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": init_args}
+    return {"class_path": _path(cls), "init_args": init_args}

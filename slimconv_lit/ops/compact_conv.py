@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from slimconv_lit.lookup import closest
-from slimconv_lit.ops.base import Operator, Size, nearest_divisors, pair, reset_convolutions, same_padding
+from slimconv_lit.ops.base import Operator, Size, nearest_divisors, padding_of, pair, reset_convolutions
 
 Join = Literal["max", "min", "mean", "sum", "difference", "product"]
 Layout = Literal["adjacent", "halves"]
@@ -132,7 +132,7 @@ class CompactConv2d(Operator):
             raise ValueError(f"group_size={group_size} does not divide {argument}={width}; nearest: {nearest}")
         self.in_channels = in_channels
         self.out_channels = width // group_size if separable else out_channels
-        pad = same_padding(kernel_size, dilation) if padding is None else pair(padding)
+        pad = padding_of(kernel_size, dilation, padding)
         self.depthwise = nn.Sequential(
             nn.Conv2d(
                 in_channels, width, pair(kernel_size), pair(stride), pad, pair(dilation), in_channels, bias=False

@@ -9,7 +9,7 @@ published ImageNet code places where the host has one, cannot be known in the pl
 import torch
 from torch import Tensor, nn
 
-from slimconv_lit.ops.base import Operator, Size, nearest_divisors, pair, reset_convolutions, same_padding
+from slimconv_lit.ops.base import Operator, Size, nearest_divisors, padding_of, pair, reset_convolutions
 
 
 class GhostConv2d(Operator):
@@ -58,7 +58,7 @@ class GhostConv2d(Operator):
                 f"groups={groups} does not divide in_channels={in_channels} and the {primary} primary channels "
                 f"(out_channels={self.out_channels}, s={s}); nearest: {nearest}"
             )
-        pad = same_padding(kernel_size, dilation) if padding is None else pair(padding)
+        pad = padding_of(kernel_size, dilation, padding)
         self.primary = nn.Sequential(
             nn.Conv2d(in_channels, primary, pair(kernel_size), pair(stride), pad, pair(dilation), groups, bias=False),
             nn.BatchNorm2d(primary),

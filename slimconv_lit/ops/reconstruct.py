@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional
 
 Geometry: TypeAlias = tuple[Any, Any, Any, int]
@@ -93,9 +94,12 @@ def can_make_again(x: Tensor, *modules: nn.Module) -> bool:
     """Whether what is below saves memory, and nobody notices that the modules are not called one by one.
 
     Not so where no gradient is wanted, where something watches the modules (hooks, the channel graph, a tracer) or has
-    changed what they do, and under `torch.compile` and `torch.export`, which plan what is kept by themselves.
+    changed what they do, under `torch.compile` and `torch.export`, which plan what is kept by themselves, and under
+    `torch.func` and forward-mode differentiation, which want rules of their own for what is below.
     """
     if not torch.is_grad_enabled() or x.is_meta or torch.compiler.is_compiling():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return False
     if torch._C._get_tracing_state() is not None or nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
         return False

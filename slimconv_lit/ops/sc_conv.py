@@ -24,8 +24,10 @@ from slimconv_lit.ops.base import (
     Operator,
     Size,
     check_keeps_size,
+    check_whole,
     fraction,
     nearest_divisors,
+    padding_of,
     pair,
     reset_convolutions,
     same_padding,
@@ -154,8 +156,7 @@ class CRU(nn.Module):
         if variant not in get_args(Variant):
             raise ValueError(f"variant={variant!r}; {closest(str(variant), get_args(Variant))}")
         check_keeps_size(kernel_size, dilation, None)
-        if reduction < 1:
-            raise ValueError(f"reduction={reduction} must be at least 1")
+        check_whole(reduction=reduction)
         part = fraction("alpha", alpha)
         upper = in_channels * part.numerator // part.denominator
         if inner_groups < 1 or out_channels % inner_groups:
@@ -262,7 +263,7 @@ class SCConv2d(Operator):
         self.stride = pair(stride)
         self.sru = self.cru = self.conv = None
         if order == "S":
-            pad = same_padding(kernel_size, dilation) if padding is None else pair(padding)
+            pad = padding_of(kernel_size, dilation, padding)
             self.conv = nn.Conv2d(
                 in_channels, out_channels, pair(kernel_size), self.stride, pad, pair(dilation), groups, bias=False
             )

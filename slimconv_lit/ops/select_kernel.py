@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from slimconv_lit.ops.base import Operator, Size, pair, reset_convolutions, same_padding
+from slimconv_lit.ops.base import Operator, Size, check_whole, padding_of, pair, reset_convolutions
 
 
 class SKConv2d(Operator):
@@ -49,12 +49,11 @@ class SKConv2d(Operator):
         min_hidden: int = 32,
     ) -> None:
         super().__init__()
-        if reduction < 1 or min_hidden < 1:
-            raise ValueError(f"reduction={reduction} and min_hidden={min_hidden} must both be at least 1")
+        check_whole(reduction=reduction, min_hidden=min_hidden)
         self.in_channels = in_channels
         self.out_channels = width = out_channels
         kernel, spread = pair(kernel_size), pair(dilation)
-        pad = same_padding(kernel, spread) if padding is None else pair(padding)
+        pad = padding_of(kernel_size, dilation, padding)
 
         def branch(more: int) -> nn.Sequential:
             size = (kernel[0] + 2 * more, kernel[1] + 2 * more)

@@ -25,11 +25,12 @@ from slimconv_lit.lookup import closest
 from slimconv_lit.ops.base import (
     Operator,
     Size,
+    check_whole,
     nearest_divisors,
     norm_of_pooled,
+    padding_of,
     pair,
     reset_convolutions,
-    same_padding,
 )
 from slimconv_lit.ops.reconstruct import can_make_again, convolve_folds, convolve_normed, fold_paths, join
 
@@ -185,8 +186,7 @@ class SlimConv2d(Operator):
         super().__init__()
         if arrangement not in get_args(Arrangement):
             raise ValueError(f"arrangement={arrangement!r}; {closest(str(arrangement), get_args(Arrangement))}")
-        if reduction < 1 or min_hidden < 1:
-            raise ValueError(f"reduction={reduction} and min_hidden={min_hidden} must both be at least 1")
+        check_whole(reduction=reduction, min_hidden=min_hidden)
         folds = folds_of(k)
         top, bottom = in_channels // folds, in_channels // (2 * folds)
         if bottom < 1:
@@ -198,7 +198,7 @@ class SlimConv2d(Operator):
             )
         depthwise = groups == in_channels
         top_groups = top if depthwise else groups
-        low_groups = bottom_groups or (bottom if depthwise else groups)
+        low_groups = bottom_groups if bottom_groups is not None else bottom if depthwise else groups
         if bottom_groups is None:
             _check_groups("groups", top_groups, top if depthwise else math.gcd(top, bottom), in_channels, folds)
         else:
@@ -210,7 +210,7 @@ class SlimConv2d(Operator):
         self.arrangement = arrangement
         self.gate = ChannelGate(in_channels, max(in_channels // reduction, min_hidden))
         kernel, spread = pair(kernel_size), pair(dilation)
-        pad = same_padding(kernel, spread) if padding is None else pair(padding)
+        pad = padding_of(kernel_size, dilation, padding)
 
         def spatial(width: int, groups: int) -> nn.Conv2d:
             return nn.Conv2d(width, width, kernel, pair(stride), pad, spread, groups, bias=False)

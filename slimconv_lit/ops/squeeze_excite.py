@@ -9,7 +9,7 @@ in the place of a bottleneck's last 1x1 it makes the paper's SE-ResNet of a ResN
 from torch import Tensor, nn
 from torchvision.ops import SqueezeExcitation
 
-from slimconv_lit.ops.base import Operator, Size, pair, reset_convolutions, same_padding
+from slimconv_lit.ops.base import Operator, Size, check_whole, padding_of, pair, reset_convolutions
 
 
 class SEConv2d(Operator):
@@ -44,11 +44,10 @@ class SEConv2d(Operator):
         reduction: int = 16,
     ) -> None:
         super().__init__()
-        if reduction < 1:
-            raise ValueError(f"reduction={reduction} must be at least 1")
+        check_whole(reduction=reduction)
         self.in_channels = in_channels
         self.out_channels = width = out_channels
-        pad = same_padding(kernel_size, dilation) if padding is None else pair(padding)
+        pad = padding_of(kernel_size, dilation, padding)
         self.conv = nn.Conv2d(
             in_channels, width, pair(kernel_size), pair(stride), pad, pair(dilation), groups, bias=False
         )

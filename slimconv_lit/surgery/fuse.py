@@ -26,7 +26,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from slimconv_lit.ops.slim_conv import ChannelGate, LinearGate
 from slimconv_lit.surgery.masks import apart, hooked, random_inputs, written
 from slimconv_lit.surgery.prune import SIZES
-from slimconv_lit.surgery.resize import Edits, host_forward, without_norm
+from slimconv_lit.surgery.resize import Edits, has_hooks, host_forward, without_norm
 from slimconv_lit.surgery.substitute import one_line, shared_layers
 from slimconv_lit.surgery.trace import NORMS, Inputs, check_network, example_inputs
 from slimconv_lit.tables import format_table
@@ -217,7 +217,7 @@ def _why_not(model: nn.Module, name: str, norm: nn.Module, reads: _Readers, shar
     for each in (layer, name):
         if reads.calls[each] > 1 or each in shared:
             return f"{each} is used more than once"
-        if _has_hooks(model.get_submodule(each)):
+        if has_hooks(model.get_submodule(each)):
             return f"{each} carries hooks, which would see something else"
     if others := reads.by[layer] - {name}:
         return f"what {layer} writes goes into {sorted(others)[0]} too"
@@ -228,10 +228,6 @@ def _why_not(model: nn.Module, name: str, norm: nn.Module, reads: _Readers, shar
     if norm.running_mean is None:
         return "it normalises with the batch, in evaluation too"
     return ""
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
 def _behind(norm: nn.Module) -> nn.Module | None:
@@ -264,9 +260,9 @@ def _straighten(edits: Edits, name: str, gate: ChannelGate, shared: set[str]) ->
     if not isinstance(gate.norm, nn.Identity):
         return "its norm stays"
     for part in (gate.squeeze, gate.excite):
-        if host_forward(part) or _has_hooks(part):
+        if host_forward(part) or has_hooks(part):
             return "its layers carry hooks or compute more than a convolution"
-    if _has_hooks(gate) or shared & {name, f"{name}.squeeze", f"{name}.excite"}:
+    if has_hooks(gate) or shared & {name, f"{name}.squeeze", f"{name}.excite"}:
         return "it is used more than once, or carries hooks"
     edits.replace(name, LinearGate(_linear(gate.squeeze), _linear(gate.excite)).train(gate.training))
     return ""

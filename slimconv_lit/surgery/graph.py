@@ -69,11 +69,13 @@ class ChannelGraph:
         spaces: By the writing layer's name.
         calls: How often a layer ran in one forward pass.
         outputs: Shapes of the network's outputs, per mode ("eval", "train").
+        unseen: A layer that did not run in a pass that could be traced, and why; any space may be read there. Else "".
     """
 
     spaces: dict[str, Space] = field(default_factory=dict)
     calls: Counter[str] = field(default_factory=Counter)
     outputs: dict[str, list[tuple[int, ...]]] = field(default_factory=dict)
+    unseen: str = ""
 
     def spaces_of(self, labels: Labels) -> list[Space]:
         """The distinct spaces that appear in `labels`, in the order in which the network first wrote them."""

@@ -68,7 +68,12 @@ def mask(model: nn.Module, graph: ChannelGraph, removed: Flags) -> None:
 def hooked(model: nn.Module, before: Callable[..., Any], after: Callable[..., Any]) -> Iterator[None]:
     """Calls `before(name, layer, args)` and `after(name, layer, output)` at each convolution, linear layer and norm."""
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear, *NORMS))]
-    handles = [m.register_forward_pre_hook(lambda m, args, name=n: before(name, m, args)) for n, m in layers]
+
+    def hook(name: str) -> Callable[..., Any]:
+        # Some call a layer by keyword; it reads one tensor either way.
+        return lambda m, args, kwargs: before(name, m, args or tuple(kwargs.values()))
+
+    handles = [m.register_forward_pre_hook(hook(n), with_kwargs=True) for n, m in layers]
     handles += [m.register_forward_hook(lambda m, args, out, name=n: after(name, m, out)) for n, m in layers]
     try:
         yield

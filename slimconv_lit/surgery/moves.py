@@ -137,8 +137,18 @@ POINTWISE = {
     *(aten.bernoulli, aten.bernoulli_, aten._to_copy, aten.clone),
 }
 
+# They take no values from what they read.
+FRESH = {aten.new_empty, aten.new_zeros, aten.new_ones, aten.new_full}
+
 HANDLERS: dict[Any, Callable[..., Any]] = {
-    **dict.fromkeys([aten.detach, aten.alias, aten.lift_fresh, aten.contiguous, aten.native_dropout], _same),
+    **dict.fromkeys(
+        [
+            *(aten.detach, aten.alias, aten.lift_fresh, aten.contiguous, aten.native_dropout),
+            *(aten.feature_dropout, aten.feature_dropout_, aten.alpha_dropout, aten.alpha_dropout_),
+            *(aten.feature_alpha_dropout, aten.feature_alpha_dropout_),
+        ],
+        _same,
+    ),
     **dict.fromkeys(
         [
             aten.avg_pool2d,

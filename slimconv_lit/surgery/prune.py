@@ -29,7 +29,7 @@ from slimconv_lit.surgery.masks import Flags, difference, first_difference, mask
 from slimconv_lit.surgery.plan import Plan, follow_plan, make_plan, note_plan
 from slimconv_lit.surgery.resize import Edits
 from slimconv_lit.surgery.substitute import Patterns, as_patterns, one_line
-from slimconv_lit.surgery.trace import Inputs, check_network, example_inputs
+from slimconv_lit.surgery.trace import Inputs, check_network, trace_example
 from slimconv_lit.tables import format_table
 
 # Small, for the network really runs on them; larger ones for networks that need them.
@@ -202,14 +202,11 @@ def prune(
 
 
 def _trace(model: nn.Module, example_input: Any) -> tuple[ChannelGraph, Inputs]:
-    first: Exception | None = None
-    for inputs in example_inputs(model, example_input, SIZES):
-        try:
-            return channel_flow(model, inputs), random_inputs(model, inputs)
-        except Exception as error:
-            first = first or error
-    assert first is not None
-    raise ValueError(f"the network could not be traced: {one_line(first)}; give an example_input") from first
+    try:
+        graph, inputs = trace_example(model, example_input, SIZES, channel_flow)
+    except Exception as error:
+        raise ValueError(f"the network could not be traced: {one_line(error)}; give an example_input") from error
+    return graph, random_inputs(model, inputs)
 
 
 # ---- deciding ----------------------------------------------------------------------------------------------------

@@ -32,12 +32,20 @@ def host_forward(layer: nn.Module) -> str:
     return ""
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something watches the module, or has a part in what it computes."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
+
+
 def without_norm(norm: nn.Module) -> nn.Module | None:
     """What is left of a norm once an operator with norms of its own precedes it; None where that cannot be told."""
-    if type(norm) in _PLAIN_NORMS:
+    base = next((cls for cls in _PLAIN_NORMS if isinstance(norm, cls)), None)
+    if base is not None and type(norm).forward is base.forward:
         return nn.Identity()
-    # timm's norms carry the dropout and the activation behind them.
-    if isinstance(norm, _PLAIN_NORMS) and {name for name, _ in norm.named_children()} <= {"drop", "act"}:
+    # timm's norms carry the dropout and the activation behind them; what else a subclass computes is not known.
+    children = {name for name, _ in norm.named_children()}
+    if base is not None and "act" in children and children <= {"drop", "act"}:
         return nn.Sequential(*norm.children())
     return None
 
@@ -63,8 +71,9 @@ def check_resize(layer: nn.Module, width: int, role: Role) -> None:
 class Edits:
     """Changes to a network that can be taken back in one step.
 
-    Each module that is put in or resized gets an attribute `rewritten`, so that whoever loads the plain network's
-    weights can tell it from a module of another network.
+    What substitution puts in or resizes gets an attribute `rewritten`, so that whoever loads the plain network's
+    weights can tell it from a module of another network. Pruning and fusing do not set it: of a network that was
+    pruned otherwise, or is not fused, no weights fit.
 
     Args:
         model: The network that is changed, in place.
@@ -86,7 +95,6 @@ class Edits:
         before = parent.get_submodule(child)
         self._undo.append(functools.partial(setattr, parent, child, before))
         setattr(parent, child, module)
-        module.rewritten = True  # type: ignore[assignment]
 
     def resize(self, name: str, old: int, new: int, role: Role) -> None:
         """Narrows layer `name` from `old` to `new` channels on one side; it keeps the leading part of its weights.
@@ -109,6 +117,8 @@ class Edits:
             self._set(layer, {key: value for key, value in sizes.items() if hasattr(layer, key)})
             for tensor in ("weight", "bias", "running_mean", "running_var"):
                 self._cut(layer, tensor, 0, new)
+            # Counted back to zero in place.
+            self._rebuild(layer, "num_batches_tracked", torch.clone)
             if hasattr(layer, "reset_parameters"):
                 layer.reset_parameters()  # type: ignore[operator]
             return
@@ -122,7 +132,6 @@ class Edits:
         another grouped convolution each group must keep equally many. A linear layer's positions are its features.
         """
         layer = self.model.get_submodule(name)
-        self._set(layer, {"rewritten": True})
         index = torch.as_tensor(kept)
         if isinstance(layer, nn.Linear):
             self._set(layer, {"in_features" if role == "input" else "out_features": len(kept)})

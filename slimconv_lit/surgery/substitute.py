@@ -23,16 +23,15 @@ from slimconv_lit.lookup import closest
 from slimconv_lit.ops import Operator, OperatorFactory, OperatorLike, SlimConv2d, resolve_operator
 from slimconv_lit.ops.base import check_arguments, own_arguments, pair, same_padding
 from slimconv_lit.surgery.graph import ChannelGraph, NotPrivateError, Private
-from slimconv_lit.surgery.resize import Edits, ResizeError, Role, check_resize, host_forward, without_norm
+from slimconv_lit.surgery.resize import Edits, ResizeError, Role, check_resize, has_hooks, host_forward, without_norm
 from slimconv_lit.surgery.trace import (
     Inputs,
     NothingDrawn,
     check_network,
-    example_inputs,
     quiet_pass,
     shadow_of,
     skip_norms,
-    trace,
+    trace_example,
 )
 from slimconv_lit.tables import format_table
 
@@ -182,7 +181,8 @@ def substitute(
         min_channels: Convolutions that read fewer channels are left alone (stems, as a rule).
         pointwise: Take 1x1 convolutions for spatial ones; Ghost modules stand in their place too.
         example_input: A tensor, a tuple of positional or a dict of keyword arguments of the forward pass; only shapes
-            and dtypes matter. By default images of common sizes are tried.
+            and dtypes matter. By default images of common sizes are tried. Where training wants more (targets) and has
+            layers of its own, give that too; else what they may read is not narrowed.
 
     Returns:
         The report; it prints as a table.
@@ -207,7 +207,7 @@ def substitute(
             raise ValueError(f"include={pattern!r} matches no spatial convolution; {closest(pattern, convs)}")
 
     try:
-        graph, inputs = _trace(model, example_input)
+        graph, inputs = trace_example(model, example_input)
     except Exception as error:
         why = f"the network could not be traced: {one_line(error)}"
         # Who does not look at the report would train a plain network.
@@ -227,17 +227,20 @@ def substitute(
         except _LeaveError as leave:
             reasons[name] = str(leave)
 
-    failure = _try_out(model, graph, inputs, list(changes.values()))
-    if failure:
-        for name, change in list(changes.items()):
-            alone = _try_out(model, graph, inputs, [change])
-            if alone:
-                del changes[name]
-                reasons[name] = f"the network does not run with it replaced: {alone}"
-        failure = _try_out(model, graph, inputs, list(changes.values()))
-    if failure:
-        reasons.update(dict.fromkeys(changes, f"the network does not run with these replaced: {failure}"))
-        changes.clear()
+    if _try_out(model, graph, inputs, list(changes.values())):
+        planned, changes = changes, {}
+        for name, change in planned.items():
+            failure = _try_out(model, graph, inputs, [*changes.values(), change])
+            if failure:
+                reasons[name] = f"the network does not run with it replaced: {failure}"
+            else:
+                changes[name] = change
+
+    if graph.unseen and any(graph.unseen in why for why in reasons.values()):
+        warnings.warn(
+            f"nothing was narrowed: it may go into {graph.unseen}; an example_input that training takes may help",
+            stacklevel=3,
+        )
 
     was = {name: _describe(conv) for name, conv in convs.items()}
     _apply(model, list(changes.values()))
@@ -285,17 +288,6 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:160]}{'...' if len(text) > 160 else ''}"
 
 
-def _trace(model: nn.Module, example_input: Any) -> tuple[ChannelGraph, Inputs]:
-    first: Exception | None = None
-    for inputs in example_inputs(model, example_input):
-        try:
-            return trace(model, inputs), inputs
-        except Exception as error:
-            first = first or error
-    assert first is not None
-    raise first
-
-
 def _check_wanted(name: str, conv: nn.Module, include: Patterns, exclude: Patterns, min_channels: int) -> None:
     assert isinstance(conv, nn.Conv2d)
     if as_patterns(include) and not any(fnmatchcase(name, p) for p in as_patterns(include)):
@@ -329,16 +321,25 @@ def _plan(
 ) -> _Change:
     conv = model.get_submodule(name)
     assert isinstance(conv, nn.Conv2d)
+    if not name:
+        raise _LeaveError("is the whole network, which has no place to put another layer in")
     if name not in graph.spaces:
         raise _LeaveError("never ran in the traced forward pass")
     if graph.calls[name] > 1 or name in shared:
         raise _LeaveError("is used more than once")
     if problem := host_forward(conv):
         raise _LeaveError(problem)
-    if conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks:
+    if has_hooks(conv):
         raise _LeaveError("carries hooks, which would be lost")
     if conv.padding_mode != "zeros":
         raise _LeaveError(f"has padding_mode={conv.padding_mode!r}")
+
+    for layer, change in changes.items():
+        # Replaced, it would not have the width that it is narrowed to.
+        if name in change.follow.readers:
+            raise _LeaveError(f"reads {layer}, which is slimmed, and restores the width")
+        if name in change.follow.gates:
+            raise _LeaveError(f"writes the gate of {layer}, which is slimmed")
 
     kernel, stride, dilation = (_simple(size) for size in (conv.kernel_size, conv.stride, conv.dilation))
     arguments = (conv.in_channels, conv.out_channels, kernel, stride, dilation, conv.groups, _own_padding(conv))
@@ -351,14 +352,15 @@ def _plan(
 
     consumers = graph.spaces[name].consumers
     norm = next(iter(consumers)) if len(consumers) == 1 else None
-    absorbed = norm if norm and graph.calls[norm] == 1 and without_norm(model.get_submodule(norm)) else None
+    absorbed = norm if norm and graph.calls[norm] == 1 and without_norm(model.get_submodule(norm)) is not None else None
+    if absorbed and has_hooks(model.get_submodule(absorbed)):
+        raise _LeaveError(f"its norm {absorbed} carries hooks, which would be lost")
     if width == conv.out_channels:
         return _Change(name, build, trial, absorbed, Private())
     if width > conv.out_channels:
         raise _LeaveError(f"would write {width} channels where the convolution writes {conv.out_channels}")
-    slim = [layer for layer, change in changes.items() if name in change.follow.readers]
     # Those of an earlier call too: a second one changes nothing.
-    slim += [
+    slim = [
         layer
         for layer, space in graph.spaces.items()
         if isinstance(built := model.get_submodule(layer), type(trial)) and built.out_channels < built.in_channels
@@ -375,6 +377,8 @@ def _plan(
         role: Role = "output" if layer in follow.gates else "input"
         if layer in shared:
             raise _LeaveError(f"is read by {layer}, which is used more than once")
+        if layer in changes:
+            raise _LeaveError(f"is multiplied by what {layer} writes, which is replaced")
         try:
             check_resize(model.get_submodule(layer), width, role)
         except ResizeError as error:
@@ -418,7 +422,7 @@ def _try_out(model: nn.Module, graph: ChannelGraph, inputs: Inputs, changes: lis
     try:
         _apply(shadow, changes, trial=True)
         skip_norms(shadow)
-        with torch.device("meta"), quiet_pass():
+        with quiet_pass():
             for mode, expected in graph.outputs.items():
                 shadow.train(mode == "train")
                 args, kwargs = tree_map(lambda v: v.to("meta") if isinstance(v, torch.Tensor) else v, inputs)
@@ -444,11 +448,13 @@ def _apply(model: nn.Module, changes: list[_Change], trial: bool = False) -> Non
                     built = change.build()
             built = built.to(dtype=host.weight.dtype).train(host.training)
             edits.replace(change.layer, built.to(memory_format=torch.channels_last) if channels_last else built)
+            edits.set(change.layer, {"rewritten": True})
             if change.absorbed:
                 norm = model.get_submodule(change.absorbed)
                 rest = without_norm(norm)
                 assert rest is not None
                 edits.replace(change.absorbed, rest.train(norm.training))
+                edits.set(change.absorbed, {"rewritten": True})
             for layer in (*change.follow.readers, *change.follow.norms):
                 edits.resize(layer, host.out_channels, built.out_channels, "input")
             for layer in change.follow.gates:

@@ -27,7 +27,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from slimconv_lit.ops import Operator
 from slimconv_lit.surgery.graph import ChannelGraph, Labels, Space, Tie, Use
-from slimconv_lit.surgery.moves import HANDLERS, POINTWISE, along
+from slimconv_lit.surgery.moves import FRESH, HANDLERS, POINTWISE, along
 
 aten = torch.ops.aten
 
@@ -41,24 +41,38 @@ _DRAWS = {
     *(Tensor.uniform_, Tensor.normal_, Tensor.fill_, Tensor.zero_),
 }
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
 # Tried in turn where the caller gives no example: ImageNet first, then CIFAR and other common sizes.
 SIZES = (224, 32, 256, 64, 128, 299, 28, 96, 384, 512)
 
 
 def shadow_of(model: nn.Module) -> nn.Module:
-    """A copy of `model` on the meta device; no weight is copied."""
+    """A copy of `model` on the meta device; no weight is copied.
+
+    Of hooks it has those that are the network's own, such as timm's that collect features. A stranger's would be
+    called with tensors that have no values, and note them down.
+    """
     # A module's tables of hooks are nearly always empty; made here, they need not be taken apart by deepcopy.
     tables = (v for module in model.modules() for v in vars(module).values() if type(v) in (dict, OrderedDict))
     memo: dict[int, Any] = {id(table): type(table)() for table in tables if not table}
-    for tensor in itertools.chain(model.parameters(), model.buffers()):
+    memo |= {id(vars(m)[table]): OrderedDict() for m in model.modules() for table in _HOOKS}
+    loose = (v for module in model.modules() for v in vars(module).values() if isinstance(v, Tensor))
+    for tensor in itertools.chain(model.parameters(), model.buffers(), loose):
         empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
     shadow = copy.deepcopy(model, memo)
-    for module in shadow.modules():
-        for name, value in vars(module).items():
-            if isinstance(value, Tensor) and value.device.type != "meta":
-                vars(module)[name] = value.detach().to("meta")
+    for module, made in zip(model.modules(), shadow.modules(), strict=True):
+        for table in _HOOKS:
+            own = {key: hook for key, hook in vars(module)[table].items() if id(_owner(hook)) in memo}
+            vars(made)[table].update(copy.deepcopy(own, memo))
     return shadow
+
+
+def _owner(hook: Any) -> Any:
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    return getattr(hook, "__self__", hook)
 
 
 class NothingDrawn(TorchFunctionMode):
@@ -82,10 +96,11 @@ def skip_norms(shadow: nn.Module) -> None:
             module.forward = functools.partial(_like, module.num_features)  # type: ignore[method-assign]
 
 
-def _like(channels: int, x: Tensor) -> Tensor:
-    if x.ndim != 4 or x.shape[1] != channels:
-        raise ValueError(f"a norm of {channels} channels reads a map of shape {tuple(x.shape)}")
-    return x.new_empty(x.shape)
+def _like(channels: int, input: Tensor) -> Tensor:
+    # As nn.BatchNorm2d calls it, for those who call it by keyword.
+    if input.ndim != 4 or input.shape[1] != channels:
+        raise ValueError(f"a norm of {channels} channels reads a map of shape {tuple(input.shape)}")
+    return input.new_empty(input.shape)
 
 
 def check_network(model: object) -> None:
@@ -124,7 +139,24 @@ def example_inputs(model: nn.Module, example: Any = None, sizes: Sequence[int] =
         yield (torch.empty(2, channels, height, width, dtype=dtype, device="meta"),), {}
 
 
-class _ShapesOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class ConstantsOnMeta(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Lets what is on the meta device meet what is not.
+
+    A network may hold constants that are no buffers, and make others without naming a device.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        try:
+            return func(*args, **kwargs)
+        except RuntimeError:
+            if len({v.is_meta for v in tree_iter((args, kwargs)) if isinstance(v, Tensor)}) < 2:
+                raise
+        args, kwargs = tree_map(lambda v: v.to("meta") if isinstance(v, Tensor) else v, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+class _ShapesOnly(ConstantsOnMeta):  # type: ignore[no-untyped-call]
     """On meta tensors, hands out a result of the right shape where torch would take milliseconds to work it out."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -132,7 +164,7 @@ class _ShapesOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # A keyword may ask for another type, or for a result in a given place.
         shape = rule(*args) if rule and not kwargs and _same_type(args) else None
         if shape is None:
-            return func(*args, **(kwargs or {}))
+            return super().__torch_dispatch__(func, types, args, kwargs)
         in_place = func.overloadpacket.__name__.endswith("_")
         return args[0] if in_place else args[0].new_empty(shape)
 
@@ -172,21 +204,63 @@ def trace(
     skip_norms(shadow)
     meta_inputs = tree_map(lambda v: v.to("meta") if isinstance(v, Tensor) else v, inputs)
     graph = ChannelGraph()
+    unseen = [name for name, module in shadow.named_modules() if isinstance(module, LEAVES)]
     for mode in ("eval", "train"):
         shadow.train(mode == "train")
         watching = (recorder or _Recorder)(graph, shadow)
         try:
             with quiet_pass(), watching.watching(), watching:
                 output = shadow(*meta_inputs[0], **meta_inputs[1])
-        except Exception:
-            # Some networks cannot train on this input (a norm on a 1x1 map); what runs in eval mode is known already.
+        except Exception as error:
             if mode == "eval":
                 raise
+            # Some networks cannot train on this input (they want targets); what runs in eval mode is known already.
+            unseen = [name for name in unseen if name not in watching.ran]
+            if unseen:
+                graph.unseen = f"{unseen[0]}, perhaps: it did not run, and training could not be traced: {error!r:.160}"
             continue
+        unseen = [name for name in unseen if name not in watching.ran]
         watching.finish(output)
         graph.outputs[mode] = [tuple(leaf.shape) for leaf in tree_iter(output) if isinstance(leaf, Tensor)]
         graph.calls |= watching.calls
+    if graph.unseen:
+        for space in graph.spaces.values():
+            space.uses["opaque", graph.unseen] = Use("opaque", graph.unseen, space.labels)
     return graph
+
+
+def trace_example(
+    model: nn.Module,
+    example: Any = None,
+    sizes: Sequence[int] = SIZES,
+    tracing: Callable[[nn.Module, Inputs], ChannelGraph] = trace,
+) -> tuple[ChannelGraph, Inputs]:
+    """The channel graph of `model` and the inputs it was traced with: the first on which it runs, best in training too.
+
+    Args:
+        model: As in `trace`.
+        example: As in `example_inputs`.
+        sizes: As in `example_inputs`.
+        tracing: `trace`, or a finer one.
+
+    Raises:
+        Exception: What the forward pass raised on the first of the inputs, if it runs on none.
+    """
+    first: Exception | None = None
+    found: tuple[ChannelGraph, Inputs] | None = None
+    for inputs in example_inputs(model, example, sizes):
+        try:
+            graph = tracing(model, inputs)
+        except Exception as error:
+            first = first or error
+            continue
+        if not graph.unseen:
+            return graph, inputs
+        found = found or (graph, inputs)
+    if found is None:
+        assert first is not None
+        raise first
+    return found
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -206,6 +280,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.alive: list[Tensor] = []
         self.inside = 0
         self.where: list[str] = [""]
+        self.ran: set[str] = set()
         self.tick = itertools.count()
 
     # ---- what the graph holds -------------------------------------------------------------------------------------
@@ -263,6 +338,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def entering(self, name: str, leaf: bool) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:
             self.where.append(name)
+            self.ran.add(name)
             self.inside += leaf
 
         return hook
@@ -320,6 +396,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tensors = [v for v in tree_iter((args, kwargs)) if isinstance(v, Tensor)]
         name = func.overloadpacket.__name__
         place = f"{name} in {self.where[-1] or 'the network'}"
+        if func.overloadpacket in FRESH and _spreads(output, self.known(args[0])):
+            self.mark(output, None)
+            return output
         self.consume(tensors, f"{place} #{next(self.tick)}")
         if all(self.known(t) is None for t in tensors):
             for leaf in tree_iter(output):
@@ -355,6 +434,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             other, shape = _to_rank(labels, rank), _to_rank_shape(tensor, rank)
             if _covers(shape, carried.shape) and _covers(main_shape, other.shape):
                 mine, theirs = (v.ravel() for v in np.broadcast_arrays(carried, other))
+                if np.array_equal(mine, theirs):
+                    # x * sigmoid(x): each channel with itself.
+                    continue
                 kind: Literal["sum", "product"] = "product" if name.startswith("mul") else "sum"
                 tie = Tie(kind, mine, theirs, self.where[-1])
                 for space in self.graph.spaces_of(np.concatenate([mine, theirs])):
@@ -370,6 +452,13 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 # A learned scale, a mask or another tensor that no layer wrote has a value for each channel.
                 self.use("opaque", f"{place}, with values of its own for each channel", carried)
         return carried
+
+
+def _spreads(output: Tensor, labels: Labels | None) -> bool:
+    """Whether a tensor has one value for all channels, so that it stays as it is when they become fewer."""
+    return labels is None or (
+        output.ndim == labels.ndim and all(1 in pair for pair in zip(output.shape, labels.shape, strict=True))
+    )
 
 
 def _to_rank(labels: Any, rank: int) -> Labels:

@@ -6,7 +6,7 @@ import torch
 import torchvision
 from torch import nn
 
-from slimconv_lit import load_weights, slimify
+from slimconv_lit import fuse, load_weights, prune, slimify
 
 OURS_TO_PUBLISHED = (
     (r"\.top\.([01])\.", r".conv2_1.\1."),
@@ -136,3 +136,38 @@ def test_files_without_fitting_weights_are_refused(content, words, tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nothing\.pth"):
         load_weights(nn.Linear(2, 2), tmp_path / "nothing.pth")
+
+
+def chain(seed):
+    torch.manual_seed(seed)
+    model = nn.Sequential(*(block(3 if i == 0 else 16, 16) for i in range(3)), nn.Conv2d(16, 5, 1)).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight)
+    return model
+
+
+def block(reads, writes):
+    return nn.Sequential(nn.Conv2d(reads, writes, 3, padding=1), nn.BatchNorm2d(writes), nn.ReLU())
+
+
+def test_a_network_that_was_pruned_otherwise_is_refused(tmp_path):
+    def pruned(seed, ratio):
+        return prune(chain(seed), ratio, example_input=torch.ones(1, 3, 8, 8)).model
+
+    torch.save(pruned(1, 0.5).state_dict(), tmp_path / "other.pth")
+    target = pruned(0, 0.3)
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    with pytest.raises(ValueError, match=r"another network's weights: .* differences.*nothing was loaded"):
+        load_weights(target, tmp_path / "other.pth")
+    assert equal(target.state_dict(), before)
+    torch.save(before, tmp_path / "own.pth")
+    assert load_weights(pruned(0, 0.3), tmp_path / "own.pth").missing == ()
+
+
+def test_plain_weights_do_not_go_into_a_fused_network(tmp_path):
+    torch.save(chain(0).state_dict(), tmp_path / "plain.pth")
+    target = chain(0)
+    fuse(target, torch.ones(1, 3, 8, 8))
+    with pytest.raises(ValueError, match=r"0\.1\.weight .* is in the file, and the network has no 0\.1\.weight"):
+        load_weights(target, tmp_path / "plain.pth")

@@ -1,5 +1,6 @@
 import csv
 import json
+import shutil
 import subprocess
 import sys
 
@@ -126,14 +127,26 @@ torch.export.export(task.model, (torch.ones(1, 1, 16, 16),))
     assert main(["fit", f"--ckpt_path={pruned}", *going_on]) == 0
 
 
-def test_a_checkpoint_is_pruned_again(loop, pruned, monkeypatch):
+def test_a_checkpoint_is_pruned_again(loop, pruned, monkeypatch, capsys):
     monkeypatch.chdir(loop)
-    words = [f"--ckpt_path={pruned}", "--ratio=0.3", "--streams=select", "--name=again", *OPTIONS]
+    given = shutil.copy(pruned, loop / "given.ckpt")
+    words = [f"--ckpt_path={given}", "--ratio=0.3", "--streams=select", "--name=again", *OPTIONS]
     assert main(["prune", *words]) == 0
     with (loop / "runs" / "again" / "slimming.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["stage"] for row in rows] == ["given", "1 pruned", "1 fine-tuned"]
     assert int(rows[1]["params"]) < int(rows[0]["params"])
+
+    # The same path, and not the same weights any more.
+    content = torch.load(given, weights_only=True)
+    content["state_dict"]["model.fc.bias"] += 1
+    torch.save(content, given)
+    capsys.readouterr()
+    # It need not go on from there.
+    monkeypatch.setattr(slimming, "_save_pruned", lambda *_: pytest.fail("pruned anew"))
+    with pytest.raises(pytest.fail.Exception, match="pruned anew"):
+        main(["prune", *words])
+    assert "1-prune: in" in capsys.readouterr().out
 
 
 def test_weights_of_a_pruned_network(tmp_path):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from slimconv_lit import substitute
+from slimconv_lit import ops, substitute
 from slimconv_lit.ops import (
     CompactConv2d,
     GhostConv2d,
@@ -18,6 +18,8 @@ from slimconv_lit.ops import (
     SEConv2d,
     SKConv2d,
     SPConv2d,
+    describe_operator,
+    resolve_operator,
 )
 from tests.ops import reference
 from tests.ops.test_slim_conv import randomised, relative
@@ -114,6 +116,10 @@ def test_padding_and_even_kernels_are_as_the_host_has_them(cls):
         (lambda: SPConv2d(16, 16, ratio="half"), ["ratio='half'", "'1/8'"]),
         (lambda: SPConv2d(16, 16, 2), ["kernel_size=2", "(1, 1) or (3, 3)"]),
         (lambda: SPConv2d(16, 16, padding=0), ["padding=0", "(1, 1)"]),
+        (lambda: GhostConv2d(16, 16, 0), ["kernel_size=0", "whole number of at least 1"]),
+        (lambda: CompactConv2d(16, 16, (3, 0)), ["kernel_size=(3, 0)", "whole number of at least 1"]),
+        (lambda: OctConv2d(16, 16, 0), ["kernel_size=0", "whole number of at least 1"]),
+        (lambda: SKConv2d(16, 16, reduction=2.5), ["reduction=2.5", "whole number of at least 1"]),
         (lambda: SKConv2d(16, 16, reduction=0), ["reduction=0", "at least 1"]),
         (lambda: SEConv2d(16, 16, reduction=0), ["reduction=0", "at least 1"]),
         (lambda: OctConv2d(16, 16, alpha=1), ["alpha=1", "below 1"]),
@@ -217,3 +223,22 @@ def test_at_a_stride_the_unpooled_low_map_has_the_size_already():
     low = torch.randn(2, 4, 5, 5)
     high, _ = conv(torch.randn(2, 4, 10, 10), low)
     torch.testing.assert_close(high, conv.high_norm(conv.low_to_high(low)))
+
+
+def test_a_class_is_found_by_its_own_module_or_one_that_has_it_and_by_no_other():
+    class SlimConv2d(GhostConv2d):
+        """Of the same name as ours."""
+
+    here = f"{SlimConv2d.__module__}.{SlimConv2d.__qualname__}"
+    assert resolve_operator(here).func is SlimConv2d
+    for path in ("slimconv_lit.SlimConv2d", "slimconv_lit.ops.SlimConv2d", "slimconv_lit.ops.slim_conv.SlimConv2d"):
+        assert resolve_operator(path).func is ops.SlimConv2d
+        assert describe_operator(path)["class_path"] == "slimconv_lit.ops.slim_conv.SlimConv2d"
+    with pytest.raises(ValueError, match=r"'SlimConv2d' may be slimconv_lit\.ops.* or tests\.ops.*; give the one"):
+        resolve_operator("SlimConv2d")
+    with pytest.raises(
+        ValueError, match=r"there is no 'nowhere\.at\.all\.GhostConv2d'; .*'?slimconv_lit\.ops\.ghost\."
+    ):
+        resolve_operator("nowhere.at.all.GhostConv2d")
+    # Or other tests would find two.
+    SlimConv2d.__name__ = "Other"

@@ -15,6 +15,7 @@ import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -305,3 +306,25 @@ def test_kernels_are_refused_where_they_cannot_run(monkeypatch):
         use_kernel("triton")
     with use_kernel("torch"):
         SlimConv2d(8)(torch.randn(2, 8, 3, 3)).sum().backward()
+
+
+def test_torch_func_goes_through_the_layers_one_by_one():
+    operator = randomised(SlimConv2d(16)).double().eval()
+    learned, x = dict(operator.named_parameters()), torch.randn(3, 16, 5, 6, dtype=torch.float64)
+
+    def total(learned, x):
+        return torch.func.functional_call(operator, learned, (x[None],)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(total), (None, 0))(learned, x)
+    together = torch.autograd.grad(sum(total(learned, image) for image in x), list(learned.values()))
+    for found, wanted in zip(each.values(), together, strict=True):
+        torch.testing.assert_close(found.sum(0), wanted)
+    torch.testing.assert_close(torch.func.vmap(lambda image: operator(image[None])[0])(x), operator(x))
+
+    step = torch.randn_like(x)
+    along = torch.func.jvp(operator, (x,), (step,))[1]
+    with forward_ad.dual_level():
+        dual = operator(forward_ad.make_dual(x, step))
+        torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, along)
+    near = (operator(x + 1e-6 * step) - operator(x - 1e-6 * step)) / 2e-6
+    torch.testing.assert_close(along, near, rtol=1e-5, atol=1e-6)

@@ -113,6 +113,10 @@ def test_k_as_number_or_text(k):
         ({"in_channels": 96, "groups": 32, "k": 2}, ["groups=32", "8 or 16"]),
         ({"arrangement": "flipped"}, ["arrangement='flipped'", "'flip'"]),
         ({"reduction": 0}, ["reduction=0", "at least 1"]),
+        ({"reduction": 2.5}, ["reduction=2.5", "whole number of at least 1"]),
+        ({"min_hidden": 0}, ["min_hidden=0", "whole number of at least 1"]),
+        ({"bottom_groups": 0}, ["bottom_groups=0", "nearest: 1"]),
+        ({"kernel_size": 0}, ["kernel_size=0", "whole number of at least 1"]),
     ],
 )
 def test_bad_arguments_are_named_with_a_way_out(arguments, words):

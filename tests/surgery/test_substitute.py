@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from slimconv_lit import SlimConv2d, fuse, prune, slimify, substitute
-from slimconv_lit.ops import GhostConv2d
+from slimconv_lit.ops import CompactConv2d, GhostConv2d, SCConv2d
 
 
 class Bottleneck(nn.Module):
@@ -449,3 +449,105 @@ def test_inputs_of_any_form():
     assert slimify(Net(Bottleneck()), example_input=(x,)).replaced == ["blocks.0.conv2"]
     small = nn.Sequential(Net(Bottleneck()).stem, Bottleneck(), nn.Flatten(), nn.Linear(64 * 28 * 28, 10))
     assert slimify(small).replaced == ["1.conv2"]
+
+
+def plain(reads, writes, groups=1, norm=nn.BatchNorm2d):
+    return nn.Sequential(nn.Conv2d(reads, writes, 3, padding=1, groups=groups), norm(writes), nn.ReLU())
+
+
+def test_a_narrowed_reader_is_not_replaced_too():
+    model = nn.Sequential(plain(3, 64), plain(64, 64, groups=64), plain(64, 64), nn.Conv2d(64, 5, 1))
+    report = substitute(model, CompactConv2d)
+    assert report.replaced == ["1.0"], report
+    assert report.left["2.0"] == "reads 1.0, which is slimmed, and restores the width"
+    assert trains(model)
+
+
+@pytest.mark.parametrize("gate_first", [False, True])
+def test_what_writes_the_gate_of_a_slimmed_space_is_not_replaced_too(gate_first):
+    class Gated(Returns):
+        def forward(self, x):
+            gate = self.gate(x) if gate_first else None
+            y = self.a(x)
+            return self.b(y * (self.gate(x) if gate is None else gate))
+
+    def narrow_3x3(reads, writes, kernel, *more):
+        return GhostConv2d(reads, 24 if kernel == 3 else writes, kernel, *more)
+
+    model = Gated(None)
+    model.gate = nn.Conv2d(32, 32, 1)
+    report = substitute(model, narrow_3x3, "[ag]*", pointwise=True, example_input=torch.randn(2, 32, 8, 8))
+    first, other = ("gate", "a") if gate_first else ("a", "gate")
+    assert report.replaced == [first], report
+    told = "is multiplied by what gate writes, which" if gate_first else "writes the gate of a, which is slimmed"
+    assert told in report.left[other]
+
+
+def test_one_that_does_not_run_with_the_others_is_left_alone():
+    class AtMostTwo(Net):
+        def forward(self, x):
+            assert sum(isinstance(block.conv2, SlimConv2d) for block in self.blocks) < 3
+            return super().forward(x)
+
+    model = AtMostTwo(*(Bottleneck() for _ in range(4)))
+    report = slimify(model)
+    assert report.replaced == ["blocks.0.conv2", "blocks.1.conv2"]
+    assert "the network does not run with it replaced: AssertionError" in report.left["blocks.3.conv2"]
+    assert trains(model)
+
+
+def test_a_norm_behind_an_activation_is_taken_back_with_its_count():
+    class Fragile(SlimConv2d):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            if self.in_channels == 48 and not self.top[0].weight.is_meta:
+                raise RuntimeError("out of memory")
+
+    model = nn.Sequential(nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.BatchNorm2d(32), nn.Conv2d(32, 48, 1))
+    model.extend([nn.Conv2d(48, 48, 3, padding=1), nn.Conv2d(48, 5, 1)])
+    model(torch.randn(2, 32, 8, 8))
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        substitute(model, Fragile)
+    assert model[2].num_batches_tracked == 1
+    assert same(model, before)
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_full_backward_pre_hook"])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_hooks_are_never_lost(layer, register):
+    model = nn.Sequential(plain(32, 32), nn.Conv2d(32, 5, 1))
+    seen = []
+    getattr(model[0][layer], register)(lambda *_: seen.append(1))
+    report = slimify(model)
+    assert "hooks, which would be lost" in report.left["0.0"]
+    assert trains(model, torch.randn(2, 32, 8, 8))
+    assert seen
+
+
+def test_norms_of_other_classes():
+    class Renamed(nn.BatchNorm2d):
+        pass
+
+    class Louder(nn.BatchNorm2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    for norm, left in ((Renamed, nn.Identity), (Louder, Louder)):
+        model = nn.Sequential(plain(32, 32, norm=norm), nn.Conv2d(32, 5, 1))
+        assert slimify(model).replaced == ["0.0"]
+        assert type(model[0][1]) is left
+        assert trains(model, torch.randn(2, 32, 8, 8))
+
+
+def test_a_convolution_as_the_whole_network_is_left_alone():
+    model = nn.Conv2d(64, 64, 3, padding=1)
+    assert "is the whole network" in substitute(model, SCConv2d).left[""]
+    assert not list(model.children())
+
+
+def test_a_second_call_slims_no_reader_of_the_first():
+    model = nn.Sequential(plain(3, 64), plain(64, 64), plain(64, 64), nn.Conv2d(64, 5, 1))
+    assert slimify(model).replaced == ["1.0"]
+    again = slimify(model)
+    assert again.left["2.0"] == "reads 1.0, which is slimmed, and restores the width"
