@@ -25,7 +25,7 @@ from slimconv_lit.ops.slim_conv import ChannelGate
 from slimconv_lit.surgery.classes import Classes, Streams, class_sizes, find_classes, uses_of
 from slimconv_lit.surgery.flow import channel_flow
 from slimconv_lit.surgery.graph import ChannelGraph, Labels
-from slimconv_lit.surgery.masks import Flags, difference, first_difference, mask, random_inputs, read_alive, replica
+from slimconv_lit.surgery.masks import Flags, difference, first_difference, mask, proof_inputs, read_alive, replica
 from slimconv_lit.surgery.plan import Plan, follow_plan, make_plan, note_plan
 from slimconv_lit.surgery.resize import Edits
 from slimconv_lit.surgery.substitute import Patterns, as_patterns, one_line
@@ -142,8 +142,8 @@ def prune(
     scale more. Gates' norms are left out.
 
     Before it returns, `prune` shows on random images that the network computes what it did with the pruned channels
-    masked: their scales and shifts, and their biases in depthwise convolutions, zero. If anything fails, `model` is
-    exactly as it was.
+    masked: their scales and shifts, and their biases in depthwise convolutions, zero. Integers may differ where no
+    layer does. If anything fails, `model` is exactly as it was.
 
     Args:
         model: Any network. Optimizers and averages must be made after pruning: there are new parameters.
@@ -155,8 +155,9 @@ def prune(
             that reads a stream of fixed width, the paper's way with pre-activation ResNets and DenseNets.
         include: Name patterns (`fnmatch`) of norms; only these are pruned.
         exclude: Name patterns of norms to leave alone.
-        example_input: A tensor, a tuple of positional or a dict of keyword arguments of the forward pass; only shapes
-            and dtypes matter. By default images of common sizes are tried, small ones first.
+        example_input: A tensor, a tuple of positional or a dict of keyword arguments of the forward pass; its values
+            matter only where the network makes nothing finite of random ones. By default images of common sizes are
+            tried, small ones first.
 
     Returns:
         The report; it prints as a table, with the reason for every layer that was left.
@@ -205,7 +206,7 @@ def _trace(model: nn.Module, example_input: Any) -> tuple[ChannelGraph, Inputs]:
     first: Exception | None = None
     for inputs in example_inputs(model, example_input, SIZES):
         try:
-            return channel_flow(model, inputs), random_inputs(model, inputs)
+            return channel_flow(model, inputs), proof_inputs(model, inputs)
         except Exception as error:
             first = first or error
     assert first is not None
@@ -317,16 +318,20 @@ def _prove(masked: nn.Module, pruned: nn.Module, inputs: Inputs, plan: Plan) -> 
 
             module.register_forward_hook(note)
     try:
-        found, problem = difference(masked, pruned, inputs), ""
+        (found, tells_all), problem = difference(masked, pruned, inputs), ""
     except Exception as error:
-        found, problem = float("inf"), f" ({one_line(error)})"
+        found, tells_all, problem = float("inf"), False, f" ({one_line(error)})"
     if isnan(found):
-        raise ValueError("the masked network's output is not finite, so that pruning cannot be proved right")
-    if found > TOLERANCE:
-        kept = {name: np.array(sides["output"]) for name, sides in plan["kept"].items() if "output" in sides}
-        layer = first_difference(masked, pruned, inputs, kept, TOLERANCE)
+        raise ValueError(
+            "the masked network's output is not finite, or there is none, so that pruning cannot be proved right; "
+            "if it needs values of some kind, give them as example_input"
+        )
+    fine = found <= TOLERANCE
+    kept = {name: np.array(sides["output"]) for name, sides in plan["kept"].items() if "output" in sides}
+    layer = "" if fine and tells_all else first_difference(masked, pruned, inputs, kept, TOLERANCE)
+    if layer or not fine:
         raise ValueError(
             f"the pruned network is not the masked one: outputs differ by {found:.1e}{problem}, relative to the "
-            f"largest, first at {layer}; the network is unchanged; leave it alone with exclude"
+            f"largest, first at {layer or 'no single layer'}; the network is unchanged; leave it alone with exclude"
         )
     return found, widths

@@ -155,6 +155,19 @@ def quiet_pass() -> Iterator[None]:
         yield
 
 
+def leaves_of(output: Any) -> list[Any]:
+    """The tensors and plain values in what a network returns.
+
+    Raises:
+        TypeError: If some are inside an object that cannot be looked into.
+    """
+    leaves = tree_flatten(output)[0]
+    for leaf in leaves:
+        if leaf is not None and not isinstance(leaf, Tensor | int | float | str):
+            raise TypeError(f"the network returns a {type(leaf).__name__}, which the channel graph cannot look into")
+    return leaves
+
+
 def trace(
     model: nn.Module, inputs: Inputs, recorder: Callable[[ChannelGraph, nn.Module], _Recorder] | None = None
 ) -> ChannelGraph:
@@ -294,11 +307,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.write(name, output, axis)
 
     def finish(self, output: Any) -> None:
-        for leaf in tree_flatten(output)[0]:
-            if leaf is not None and not isinstance(leaf, Tensor | int | float | str):
-                raise TypeError(
-                    f"the network returns a {type(leaf).__name__}, which the channel graph cannot look into"
-                )
+        for leaf in leaves_of(output):
             labels = self.known(leaf)
             if labels is not None:
                 self.use("output", "the network's output", labels)
