@@ -14,10 +14,13 @@ PRUNING = CONFIGS / "pruning"
 
 
 def closest(name: str, names: Iterable[str]) -> str:
-    """The end of an error message: the known names nearest to `name`, or all of them when none is near."""
+    """The end of an error message: the known names nearest to `name`, or when none is near all, up to twenty."""
     known = sorted(names)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(repr(n) for n in near)}?" if near else f"known: {', '.join(known)}"
+    if near:
+        return f"did you mean {' or '.join(repr(n) for n in near)}?"
+    more = f" and {len(known) - 20} more" if len(known) > 20 else ""
+    return f"known: {', '.join(known[:20])}{more}"
 
 
 def find_config(name: str, *folders: Path) -> Path:

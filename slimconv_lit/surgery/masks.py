@@ -70,7 +70,9 @@ def run(network: nn.Module, inputs: Inputs) -> Any:
 
 def replica(model: nn.Module) -> nn.Module:
     """A copy in evaluation mode whose half precision parameters are in float32, so that rounding hides nothing."""
-    made = copy.deepcopy(model).eval()
+    # What a hook has computed from parameters, torch does not copy; on the copy, the hook computes it again.
+    loose = (v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf)
+    made = copy.deepcopy(model, {id(v): v.detach().clone() for v in loose}).eval()
     return made if _is_double(model) else made.float()
 
 

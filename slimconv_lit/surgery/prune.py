@@ -9,13 +9,14 @@ Decided on the channel graph, done in one step, and proved: the pruned network c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from math import floor, isnan
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
@@ -23,10 +24,10 @@ from slimconv_lit.lookup import closest
 from slimconv_lit.ops import Operator
 from slimconv_lit.ops.slim_conv import ChannelGate
 from slimconv_lit.surgery.classes import Classes, Streams, class_sizes, find_classes, uses_of
-from slimconv_lit.surgery.flow import channel_flow
+from slimconv_lit.surgery.flow import ChannelSelection, channel_flow
 from slimconv_lit.surgery.graph import ChannelGraph, Labels
 from slimconv_lit.surgery.masks import Flags, difference, first_difference, mask, proof_inputs, read_alive, replica
-from slimconv_lit.surgery.plan import Plan, follow_plan, make_plan, note_plan
+from slimconv_lit.surgery.plan import Plan, follow_plan, make_plan, note_plan, plans_of
 from slimconv_lit.surgery.resize import Edits
 from slimconv_lit.surgery.substitute import Patterns, as_patterns, one_line
 from slimconv_lit.surgery.trace import Inputs, check_network, example_inputs
@@ -97,7 +98,8 @@ def prunable_norms(model: nn.Module, include: Patterns = None, exclude: Patterns
 
     Args:
         model: Any network.
-        include: Name patterns (`fnmatch`); only norms that match one.
+        include: Name patterns (`fnmatch`); only norms that match one. A norm that `streams="select"` put behind a
+            selection goes by its name before that, too.
         exclude: Name patterns of norms to leave out.
 
     Raises:
@@ -112,15 +114,17 @@ def prunable_norms(model: nn.Module, include: Patterns = None, exclude: Patterns
     }
     if not found:
         raise ValueError("the network has no batch norm with scales, by which pruning tells the channels that matter")
+
+    def match(name: str, patterns: Sequence[str]) -> bool:
+        parent, _, child = name.rpartition(".")
+        behind = child == "norm" and isinstance(getattr(model.get_submodule(parent), "select", None), ChannelSelection)
+        return any(fnmatchcase(known, p) for known in ([name, parent] if behind else [name]) for p in patterns)
+
     for pattern in as_patterns(include):
-        if not any(fnmatchcase(name, pattern) for name in found):
+        if not any(match(name, [pattern]) for name in found):
             raise ValueError(f"include={pattern!r} matches no batch norm; {closest(pattern, found)}")
     wanted = as_patterns(include) or ["*"]
-    return {
-        name: module
-        for name, module in found.items()
-        if any(fnmatchcase(name, p) for p in wanted) and not any(fnmatchcase(name, p) for p in as_patterns(exclude))
-    }
+    return {n: module for n, module in found.items() if match(n, wanted) and not match(n, as_patterns(exclude))}
 
 
 def prune(
@@ -176,7 +180,9 @@ def prune(
         raise ValueError(f"max_ratio_per_layer={max_ratio_per_layer} is not between 0 and 1")
     norms = prunable_norms(model, include, exclude)
     scales = {
-        name: norm.get_parameter("weight").detach().abs().double().numpy(force=True) for name, norm in norms.items()
+        # With a parametrization it is no parameter.
+        name: torch.as_tensor(norm.weight).detach().abs().double().numpy(force=True)
+        for name, norm in norms.items()
     }
     graph, inputs = _trace(model, example_input)
     classes = find_classes(model, graph, scales, streams)
@@ -184,6 +190,7 @@ def prune(
     removed, held = _choose(classes, graph, scales, ratio, min_channels, max_ratio_per_layer)
     rows = _rows(model, graph, classes, scales, removed, held)
     plan = make_plan(graph, removed, classes.selected)
+    plan["after"] = {name: len(plans) for name, plans in plans_of(model).items() if name}
 
     edits = Edits(model)
     masked = replica(model)

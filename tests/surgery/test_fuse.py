@@ -355,7 +355,7 @@ def test_integers_alone_prove_nothing(monkeypatch):
     model = Returns(lambda _, raw, last: (last.amax((2, 3)) > -100).long())
     model.last_bn = nn.Identity().eval()
     monkeypatch.setitem(fuse.__globals__, "_fold", wrong)
-    with pytest.raises(ValueError, match="the first layer that differs is last"):
+    with pytest.raises(ValueError, match="the first layer that differs is bn"):
         fuse(model)
 
 
