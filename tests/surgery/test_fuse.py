@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.prune import l1_unstructured
 from torchvision.ops import FrozenBatchNorm2d
 
 from slimconv_lit import SlimConv2d, create_backbone, fuse, slimify
@@ -373,6 +374,12 @@ def test_values_are_the_callers_where_random_ones_will_not_do():
     with pytest.raises(ValueError, match=r"not finite.*give them as example_input"):
         fuse(Returns(lambda _, raw, last: last, before=torch.log))
     assert not fuse(Returns(lambda _, raw, last: last, before=torch.log), torch.rand(1, 3, 8, 8) + 0.1).left
+
+
+def test_computed_weights_are_no_obstacle():
+    model = Returns(lambda _, raw, last: last)
+    l1_unstructured(model.conv, "weight", 0.5)
+    assert "hooks" in fuse(model).left["bn"]
 
 
 def test_nothing_to_fuse_and_no_parameters():
