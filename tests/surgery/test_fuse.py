@@ -338,7 +338,7 @@ def test_what_is_too_large_for_its_type_is_taken_back():
         lambda _, raw, last: {"logits": last, "boxes": last.new_zeros(0, 4)},
         lambda _, raw, last: last.argmax(1),
         # The last digit decides.
-        lambda _, raw, last: (last, (last * 1e7).sin() > 0),
+        lambda _, raw, last: (last, (last * 1e9).sin() > 0),
     ],
 )
 def test_integers_and_empty_tensors_do_not_stand_in_the_way(after):
