@@ -23,7 +23,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from slimconv_lit.surgery.classes import is_depthwise
 from slimconv_lit.surgery.graph import ChannelGraph, Labels
-from slimconv_lit.surgery.trace import NORMS, Inputs, leaves_of
+from slimconv_lit.surgery.trace import NORMS, Inputs, empty_tables, leaves_of
 
 Flags = NDArray[np.bool_]
 
@@ -72,7 +72,7 @@ def replica(model: nn.Module) -> nn.Module:
     """A copy in evaluation mode whose half precision parameters are in float32, so that rounding hides nothing."""
     # What a hook has computed from parameters, torch does not copy; on the copy, the hook computes it again.
     loose = (v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf)
-    made = copy.deepcopy(model, {id(v): v.detach().clone() for v in loose}).eval()
+    made = copy.deepcopy(model, empty_tables(model) | {id(v): v.detach().clone() for v in loose}).eval()
     return made if _is_double(model) else made.float()
 
 

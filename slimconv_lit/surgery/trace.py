@@ -45,11 +45,15 @@ _DRAWS = {
 SIZES = (224, 32, 256, 64, 128, 299, 28, 96, 384, 512)
 
 
+def empty_tables(model: nn.Module) -> dict[int, Any]:
+    """A memo for deepcopy. Tables of hooks are nearly always empty; made here, they need not be taken apart there."""
+    tables = (v for module in model.modules() for v in vars(module).values() if type(v) in (dict, OrderedDict))
+    return {id(table): type(table)() for table in tables if not table}
+
+
 def shadow_of(model: nn.Module) -> nn.Module:
     """A copy of `model` on the meta device; no weight is copied."""
-    # A module's tables of hooks are nearly always empty; made here, they need not be taken apart by deepcopy.
-    tables = (v for module in model.modules() for v in vars(module).values() if type(v) in (dict, OrderedDict))
-    memo: dict[int, Any] = {id(table): type(table)() for table in tables if not table}
+    memo = empty_tables(model)
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
