@@ -75,12 +75,15 @@ _OWNERS = {
 
 
 def closest(name: str, names: Iterable[str]) -> str:
-    """The end of an error message: the known names nearest to `name`, or all of them when none is near."""
+    """The end of an error message: the known names nearest to `name`, or when none is near all, up to twenty."""
     known = sorted(names)
     lower = {name.lower(): name for name in known}
     # A slip or a missing end are nearer than that, another word is not.
     near = [lower[found] for found in difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.65)]
-    return f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(known)}"
+    if near:
+        return f"did you mean {' or '.join(map(repr, near))}?"
+    more = f" and {len(known) - 20} more" if len(known) > 20 else ""
+    return f"known: {', '.join(known[:20])}{more}"
 
 
 def find_config(name: str, *folders: Path) -> Path:

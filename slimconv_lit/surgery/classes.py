@@ -28,6 +28,9 @@ Streams: TypeAlias = Literal["keep", "coupled", "select"]
 # They split by the live width, and what they fold together is one class, so the folds of what is kept meet as before.
 FOLDING = (SlimConv2d, CompactConv2d)
 
+# What pruning knows how to cut in a norm.
+_NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
+
 
 @dataclass(eq=False)
 class Classes:
@@ -132,7 +135,7 @@ class _Finder:
             layer = self.model.get_submodule(space.writer)
             if space.writer not in self.once:
                 self.block(space.labels, f"{space.writer} is used more than once")
-            elif isinstance(layer, nn.Conv2d | nn.Linear) and (problem := host_forward(layer)):
+            elif problem := not_ordinary(layer):
                 self.block(space.labels, f"{space.writer}: {problem}")
             elif isinstance(layer, _NormBase) and space.writer not in self.scales:
                 self.block(space.labels, left_out(self.model, space.writer))
@@ -153,7 +156,9 @@ class _Finder:
         elif use.kind == "opaque":
             self.block(use.labels, f"it goes into {use.by}")
         elif use.kind == "moved":
-            if not isinstance(self.enclosing(use.where), (*FOLDING, ChannelSelection)):
+            inside = self.enclosing(use.where)
+            # A random order has numbers of its own, which would have to be drawn anew.
+            if not isinstance(inside, (*FOLDING, ChannelSelection)) or hasattr(inside, "order"):
                 self.block(use.labels, f"it is split or reordered by {use.by}")
         elif use.by not in self.once:
             self.block(use.labels, f"{use.by} reads it, which is used more than once")
@@ -161,7 +166,7 @@ class _Finder:
             layer = self.model.get_submodule(use.by)
             if use.kind == "norm" and not isinstance(layer, (_NormBase, FrozenBatchNorm2d)):
                 self.block(use.labels, f"{use.by}, a {type(layer).__name__}, normalises it together with others")
-            elif use.kind != "norm" and (problem := host_forward(layer)):
+            elif problem := not_ordinary(layer):
                 self.block(use.labels, f"{use.by} reads it: {problem}")
 
     def enclosing(self, where: str) -> nn.Module:
@@ -235,6 +240,19 @@ class _Finder:
                 rows = np.take_along_axis(grouped, order, axis=1)
                 for other in rows[1:]:
                     self.tie(rows[0], other)
+
+
+def not_ordinary(layer: nn.Module) -> str:
+    """Why a layer is more than a convolution, a linear layer or a norm of its kind; "" if it is not."""
+    if isinstance(layer, nn.Conv2d | nn.Linear):
+        return host_forward(layer)
+    if not isinstance(layer, _NormBase):
+        return ""
+    if hasattr(layer, "parametrizations") or not isinstance(layer.weight, nn.Parameter | None):
+        return "its scales are computed from other parameters"
+    tensors = (*layer.named_parameters(), *layer.named_buffers())
+    more = [name for name, tensor in tensors if tensor.numel() > 1 and name not in _NORM_TENSORS]
+    return f"it has a tensor of its own, {more[0]}" if more else ""
 
 
 def left_out(model: nn.Module, norm: str) -> str:

@@ -8,6 +8,7 @@ it, and the pruned network computes what the masked one does.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -22,30 +23,56 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from slimconv_lit.surgery.classes import is_depthwise
 from slimconv_lit.surgery.graph import ChannelGraph, Labels
-from slimconv_lit.surgery.trace import NORMS, Inputs
+from slimconv_lit.surgery.trace import NORMS, Inputs, empty_tables, leaves_of
 
 Flags = NDArray[np.bool_]
 
 
-def random_inputs(model: nn.Module, inputs: Inputs) -> Inputs:
-    """`inputs` with every floating tensor drawn anew, of the type and in the place that `replica` computes in."""
-    device, dtype = next(model.parameters()).device, torch.float64 if _is_double(model) else torch.float32
+def proof_inputs(model: nn.Module, inputs: Inputs) -> Inputs:
+    """`inputs` with every floating tensor drawn anew, of the type and in the place that `replica` computes in.
+
+    Where the network makes nothing finite of random numbers (a logarithm, say) and the caller gave values, those.
+    """
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    device = next(tensors, torch.empty(0)).device
+    dtype = torch.float64 if _is_double(model) else torch.float32
     generator = torch.Generator().manual_seed(0)
 
-    def draw(value: Any) -> Any:
+    def fill(value: Any, anew: bool) -> Any:
         if not isinstance(value, Tensor):
             return value
         if not value.is_floating_point():
             return torch.zeros(value.shape, dtype=value.dtype, device=device) if value.is_meta else value.to(device)
-        return torch.randn(value.shape, generator=generator, dtype=dtype).to(device)
+        if anew or value.is_meta:
+            return torch.randn(value.shape, generator=generator, dtype=dtype).to(device)
+        return value.detach().to(device, dtype)
 
-    drawn: Inputs = tree_map(draw, inputs)
+    drawn: Inputs = tree_map(lambda value: fill(value, True), inputs)
+    if any(isinstance(v, Tensor) and v.is_floating_point() and not v.is_meta for v in tree_iter(inputs)):
+        with suppress(Exception):
+            if all(t.isfinite().all() for t in _tensors(run(replica(model), drawn))):
+                return drawn
+        own: Inputs = tree_map(lambda value: fill(value, False), inputs)
+        return own
     return drawn
+
+
+def run(network: nn.Module, inputs: Inputs) -> Any:
+    """What a network makes of `inputs`: without gradients, eager where it is compiled, on the CPU with the same noise.
+
+    The CPU's random numbers are left as they were.
+    """
+    stance = torch.compiler.set_stance("force_eager")
+    with stance, torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        return network(*inputs[0], **inputs[1])
 
 
 def replica(model: nn.Module) -> nn.Module:
     """A copy in evaluation mode whose half precision parameters are in float32, so that rounding hides nothing."""
-    made = copy.deepcopy(model).eval()
+    # What a hook has computed from parameters, torch does not copy; on the copy, the hook computes it again.
+    loose = (v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf)
+    made = copy.deepcopy(model, empty_tables(model) | {id(v): v.detach().clone() for v in loose}).eval()
     return made if _is_double(model) else made.float()
 
 
@@ -90,7 +117,7 @@ def read_alive(model: nn.Module, inputs: Inputs, graph: ChannelGraph, removed: F
 
     Args:
         model: The network; it is copied.
-        inputs: From `random_inputs`.
+        inputs: From `proof_inputs`.
         graph: Its channel flow.
         removed: For every channel of the graph.
 
@@ -125,19 +152,31 @@ def read_alive(model: nn.Module, inputs: Inputs, graph: ChannelGraph, removed: F
         shape[axis_of(layer, output)] = -1
         return torch.where(torch.from_numpy(real).to(output.device).view(shape), output, made_up)
 
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), hooked(probe, before, after):
-        probe(*inputs[0], **inputs[1])
+    with hooked(probe, before, after):
+        run(probe, inputs)
         with suppress(Exception):
             # Auxiliary heads run only in training, which some inputs are too small for.
-            probe.train()(*inputs[0], **inputs[1])
+            run(probe.train(), inputs)
     return alive
 
 
-def difference(masked: nn.Module, pruned: nn.Module, inputs: Inputs) -> float:
-    """The largest difference of the two networks' outputs, relative to the largest; NaN where one is not finite."""
-    with torch.no_grad():
-        wanted, found = (_tensors(network(*inputs[0], **inputs[1])) for network in (masked, pruned))
-    return float(np.max([0.0, *(apart(a, b) for a, b in zip(wanted, found, strict=True))]))
+def difference(wanted: nn.Module, found: nn.Module, inputs: Inputs) -> tuple[float, bool]:
+    """How far two networks' outputs are apart, and whether that tells all.
+
+    It does not where integers differ, because an argmax may follow the last digit, and where there are no numbers with
+    a fraction at all.
+
+    Returns:
+        The largest difference relative to the largest value, NaN where one is not finite or there is none; and
+        whether it tells all.
+    """
+    pairs = list(zip(*(_tensors(run(network, inputs)) for network in (wanted, found)), strict=True))
+    if not pairs:
+        return float("nan"), False
+    exact = [(a, b) for a, b in pairs if not a.is_floating_point() and a.shape == b.shape]
+    others = [apart(a, b) for a, b in pairs if a.is_floating_point() or a.shape != b.shape]
+    fractions = any(a.is_floating_point() and a.numel() for a, _ in pairs)
+    return float(np.max([0.0, *others])), fractions and all(torch.equal(a, b) for a, b in exact)
 
 
 def first_difference(
@@ -151,6 +190,9 @@ def first_difference(
         inputs: For both.
         kept: The channels that each layer keeps of what it writes, where that is not all.
         tolerance: What `difference` may be.
+
+    Returns:
+        Its name; "" if there is none.
     """
     wanted, found = written(masked, inputs), written(pruned, inputs)
     for name in wanted:
@@ -161,7 +203,7 @@ def first_difference(
             there = there.index_select(axis, torch.from_numpy(kept[name]).to(there.device))
         if here is None or not apart(there, here) <= tolerance:
             return name
-    return "no single layer"
+    return ""
 
 
 def written(network: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
@@ -171,18 +213,20 @@ def written(network: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
     def note(name: str, layer: nn.Module, output: Tensor) -> None:
         seen.setdefault(name, output.clone())
 
-    with suppress(Exception), torch.no_grad(), hooked(network, lambda *_: None, note):
-        network(*inputs[0], **inputs[1])
+    with suppress(Exception), hooked(network, lambda *_: None, note):
+        run(network, inputs)
     return seen
 
 
 def _tensors(output: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_iter(output) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in leaves_of(output) if isinstance(leaf, Tensor)]
 
 
 def apart(wanted: Tensor, found: Tensor) -> float:
     """The largest difference, relative to the largest value; infinite where the shapes differ."""
     if wanted.shape != found.shape:
         return float("inf")
+    if not wanted.numel():
+        return 0.0
     largest = wanted.abs().max().clamp_min(torch.finfo(wanted.dtype).tiny)
     return float((wanted - found).abs().max() / largest)

@@ -133,7 +133,7 @@ def _pad(known: Any, args: Any, kwargs: Any, output: Tensor) -> Labels | None:
 
 # What torch does not tag as pointwise, although it is.
 POINTWISE = {
-    *(aten.hardswish, aten.hardswish_, aten.mish_, aten.threshold_, aten.prelu, aten._prelu_kernel, aten.rsub),
+    *(aten.hardswish, aten.hardswish_, aten.mish_, aten.threshold_, aten._prelu_kernel, aten.rsub),
     *(aten.bernoulli, aten.bernoulli_, aten._to_copy, aten.clone),
 }
 

@@ -17,19 +17,24 @@ from slimconv_lit.surgery.masks import Flags
 from slimconv_lit.surgery.resize import Edits
 
 Plan: TypeAlias = dict[str, Any]
-"""{"kept": {layer: {"input": numbers, "output": numbers}}, "selected": {norm: numbers}, "operators": {name: widths}}.
+"""{"kept": {layer: {"input": numbers, "output": numbers}}, "selected": {norm: numbers}, "operators": {name: widths},
+"was": {layer: {"input": width, "output": width}}, "after": {part: count}}.
 
-Numbers are those of channels (for a linear layer, of features) before; widths are what an operator reads and writes.
+Numbers are those of channels (for a linear layer, of features) before; widths are what an operator reads and writes;
+`was` is how wide the layers in `kept` were; `after` says which parts of the network had been pruned on their own by
+then, and how often. Older plans have no `was` and no `after`.
 """
 
 
 def make_plan(graph: ChannelGraph, removed: Flags, selected: set[str]) -> Plan:
     """The plan that takes the channels flagged in `removed` out; `selected` norms get a selection in front of them."""
     kept: dict[str, dict[str, list[int]]] = {}
+    was: dict[str, dict[str, int]] = {}
 
     def note(layer: str, side: str, gone: Flags) -> None:
         if gone.any():
             kept.setdefault(layer, {})[side] = np.flatnonzero(~gone).tolist()
+            was.setdefault(layer, {})[side] = len(gone)
 
     for name, space in graph.spaces.items():
         note(name, "output", removed[space.labels])
@@ -38,7 +43,7 @@ def make_plan(graph: ChannelGraph, removed: Flags, selected: set[str]) -> Plan:
         if use.kind in ("conv", "linear") or (use.kind == "norm" and use.by not in graph.spaces):
             note(use.by, "output" if use.kind == "norm" else "input", (use.labels >= 0) & removed[use.labels])
     chosen = {name: kept[name]["output"] for name in sorted(selected) if name in kept}
-    return {"kept": kept, "selected": chosen, "operators": {}}
+    return {"kept": kept, "selected": chosen, "operators": {}, "was": was, "after": {}}
 
 
 def apply_plan(model: nn.Module, plan: Plan) -> None:
@@ -81,15 +86,24 @@ def apply_plans(model: nn.Module, plans: Mapping[str, Sequence[Plan]]) -> Callab
         while made:
             made.pop().take_back()
 
+    def bring(name: str, count: int) -> None:
+        """Does the first `count` prunings of one part; what its own parts had gone through before each comes first."""
+        for plan in plans[name][len(_done(parts[name])) : count]:
+            for inner, before in _entry(plan, "after").items():
+                if (inside := f"{name}.{inner}".removeprefix(".")) in plans:
+                    bring(inside, before)
+            made.append(_carry_out(parts[name], plan))
+
+    parts = dict(model.named_modules())
     try:
         for name, wanted in plans.items():
-            part = dict(model.named_modules()).get(name)
-            if part is None:
+            if name not in parts:
                 raise ValueError(f"the plan is another network's: there is no {name!r} to be pruned")
-            done = getattr(part, "pruning_plans", [])
-            if done != list(wanted[: len(done)]):
+            done = _done(parts[name])
+            if len(done) > len(wanted) or not all(_same(a, b) for a, b in zip(done, wanted, strict=False)):
                 raise ValueError("the network has been pruned already, and otherwise")
-            made.extend(_carry_out(part, plan) for plan in wanted[len(done) :])
+        for name, wanted in plans.items():
+            bring(name, len(wanted))
     except BaseException:
         take_back()
         raise
@@ -98,7 +112,22 @@ def apply_plans(model: nn.Module, plans: Mapping[str, Sequence[Plan]]) -> Callab
 
 def note_plan(edits: Edits, plan: Plan) -> None:
     """Writes down on the network what was done with it."""
-    edits.set("", {"pruning_plans": [*getattr(edits.model, "pruning_plans", []), plan]})
+    edits.set("", {"pruning_plans": [*_done(edits.model), plan]})
+
+
+def _done(model: nn.Module) -> list[Plan]:
+    return getattr(model, "pruning_plans", [])
+
+
+def _entry(plan: Plan, key: str) -> dict[str, Any]:
+    """Of a plan from a file, of which nothing is known yet; {} where it is an older one or none."""
+    value = plan.get(key) if isinstance(plan, Mapping) else None
+    return dict(value) if isinstance(value, Mapping) else {}
+
+
+def _same(a: Plan, b: Plan) -> bool:
+    """Whether two plans do the same; an older one does not say how wide the layers were."""
+    return all(_entry(a, key) == _entry(b, key) for key in ("kept", "selected", "operators"))
 
 
 def _carry_out(model: nn.Module, plan: Plan) -> Edits:
@@ -107,13 +136,11 @@ def _carry_out(model: nn.Module, plan: Plan) -> Edits:
     try:
         for name, sides in plan["kept"].items():
             for side, numbers in sides.items():
-                width = _width(modules.get(name), side)
-                if width is None or not numbers or max(numbers) >= width:
+                width, was = _width(modules.get(name), side), _entry(plan, "was").get(name, {}).get(side)
+                if width is None or not numbers or max(numbers) >= width or was not in (None, width):
                     has = "there is no such layer" if name not in modules else f"it has {width}"
-                    most = max(numbers, default=-1) + 1
-                    raise ValueError(
-                        f"the plan is another network's: {name} should have {most} or more channels; {has}"
-                    )
+                    wanted = was or f"{max(numbers, default=-1) + 1} or more"
+                    raise ValueError(f"the plan is another network's: {name} should have {wanted} channels; {has}")
         follow_plan(edits, plan)
         note_plan(edits, plan)
     except (AttributeError, IndexError, KeyError, TypeError) as error:

@@ -9,13 +9,14 @@ Decided on the channel graph, done in one step, and proved: the pruned network c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from math import floor, isnan
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
@@ -23,10 +24,10 @@ from slimconv_lit.lookup import closest
 from slimconv_lit.ops import Operator
 from slimconv_lit.ops.slim_conv import ChannelGate
 from slimconv_lit.surgery.classes import Classes, Streams, class_sizes, find_classes, uses_of
-from slimconv_lit.surgery.flow import channel_flow
+from slimconv_lit.surgery.flow import ChannelSelection, channel_flow
 from slimconv_lit.surgery.graph import ChannelGraph, Labels
-from slimconv_lit.surgery.masks import Flags, difference, first_difference, mask, random_inputs, read_alive, replica
-from slimconv_lit.surgery.plan import Plan, follow_plan, make_plan, note_plan
+from slimconv_lit.surgery.masks import Flags, difference, first_difference, mask, proof_inputs, read_alive, replica
+from slimconv_lit.surgery.plan import Plan, follow_plan, make_plan, note_plan, plans_of
 from slimconv_lit.surgery.resize import Edits
 from slimconv_lit.surgery.substitute import Patterns, as_patterns, one_line
 from slimconv_lit.surgery.trace import Inputs, check_network, trace_example
@@ -97,7 +98,8 @@ def prunable_norms(model: nn.Module, include: Patterns = None, exclude: Patterns
 
     Args:
         model: Any network.
-        include: Name patterns (`fnmatch`); only norms that match one.
+        include: Name patterns (`fnmatch`); only norms that match one. A norm that `streams="select"` put behind a
+            selection goes by its name before that, too.
         exclude: Name patterns of norms to leave out.
 
     Raises:
@@ -112,15 +114,17 @@ def prunable_norms(model: nn.Module, include: Patterns = None, exclude: Patterns
     }
     if not found:
         raise ValueError("the network has no batch norm with scales, by which pruning tells the channels that matter")
+
+    def match(name: str, patterns: Sequence[str]) -> bool:
+        parent, _, child = name.rpartition(".")
+        behind = child == "norm" and isinstance(getattr(model.get_submodule(parent), "select", None), ChannelSelection)
+        return any(fnmatchcase(known, p) for known in ([name, parent] if behind else [name]) for p in patterns)
+
     for pattern in as_patterns(include):
-        if not any(fnmatchcase(name, pattern) for name in found):
+        if not any(match(name, [pattern]) for name in found):
             raise ValueError(f"include={pattern!r} matches no batch norm; {closest(pattern, found)}")
     wanted = as_patterns(include) or ["*"]
-    return {
-        name: module
-        for name, module in found.items()
-        if any(fnmatchcase(name, p) for p in wanted) and not any(fnmatchcase(name, p) for p in as_patterns(exclude))
-    }
+    return {n: module for n, module in found.items() if match(n, wanted) and not match(n, as_patterns(exclude))}
 
 
 def prune(
@@ -142,8 +146,8 @@ def prune(
     scale more. Gates' norms are left out.
 
     Before it returns, `prune` shows on random images that the network computes what it did with the pruned channels
-    masked: their scales and shifts, and their biases in depthwise convolutions, zero. If anything fails, `model` is
-    exactly as it was.
+    masked: their scales and shifts, and their biases in depthwise convolutions, zero. Integers may differ where no
+    layer does. If anything fails, `model` is exactly as it was.
 
     Args:
         model: Any network. Optimizers and averages must be made after pruning: there are new parameters.
@@ -155,8 +159,9 @@ def prune(
             that reads a stream of fixed width, the paper's way with pre-activation ResNets and DenseNets.
         include: Name patterns (`fnmatch`) of norms; only these are pruned.
         exclude: Name patterns of norms to leave alone.
-        example_input: A tensor, a tuple of positional or a dict of keyword arguments of the forward pass; only shapes
-            and dtypes matter. By default images of common sizes are tried, small ones first.
+        example_input: A tensor, a tuple of positional or a dict of keyword arguments of the forward pass; its values
+            matter only where the network makes nothing finite of random ones. By default images of common sizes are
+            tried, small ones first.
 
     Returns:
         The report; it prints as a table, with the reason for every layer that was left.
@@ -175,7 +180,9 @@ def prune(
         raise ValueError(f"max_ratio_per_layer={max_ratio_per_layer} is not between 0 and 1")
     norms = prunable_norms(model, include, exclude)
     scales = {
-        name: norm.get_parameter("weight").detach().abs().double().numpy(force=True) for name, norm in norms.items()
+        # With a parametrization it is no parameter.
+        name: torch.as_tensor(norm.weight).detach().abs().double().numpy(force=True)
+        for name, norm in norms.items()
     }
     graph, inputs = _trace(model, example_input)
     classes = find_classes(model, graph, scales, streams)
@@ -183,6 +190,7 @@ def prune(
     removed, held = _choose(classes, graph, scales, ratio, min_channels, max_ratio_per_layer)
     rows = _rows(model, graph, classes, scales, removed, held)
     plan = make_plan(graph, removed, classes.selected)
+    plan["after"] = {name: len(plans) for name, plans in plans_of(model).items() if name}
 
     edits = Edits(model)
     masked = replica(model)
@@ -206,7 +214,7 @@ def _trace(model: nn.Module, example_input: Any) -> tuple[ChannelGraph, Inputs]:
         graph, inputs = trace_example(model, example_input, SIZES, channel_flow)
     except Exception as error:
         raise ValueError(f"the network could not be traced: {one_line(error)}; give an example_input") from error
-    return graph, random_inputs(model, inputs)
+    return graph, proof_inputs(model, inputs)
 
 
 # ---- deciding ----------------------------------------------------------------------------------------------------
@@ -314,16 +322,20 @@ def _prove(masked: nn.Module, pruned: nn.Module, inputs: Inputs, plan: Plan) -> 
 
             module.register_forward_hook(note)
     try:
-        found, problem = difference(masked, pruned, inputs), ""
+        (found, tells_all), problem = difference(masked, pruned, inputs), ""
     except Exception as error:
-        found, problem = float("inf"), f" ({one_line(error)})"
+        found, tells_all, problem = float("inf"), False, f" ({one_line(error)})"
     if isnan(found):
-        raise ValueError("the masked network's output is not finite, so that pruning cannot be proved right")
-    if found > TOLERANCE:
-        kept = {name: np.array(sides["output"]) for name, sides in plan["kept"].items() if "output" in sides}
-        layer = first_difference(masked, pruned, inputs, kept, TOLERANCE)
+        raise ValueError(
+            "the masked network's output is not finite, or there is none, so that pruning cannot be proved right; "
+            "if it needs values of some kind, give them as example_input"
+        )
+    fine = found <= TOLERANCE
+    kept = {name: np.array(sides["output"]) for name, sides in plan["kept"].items() if "output" in sides}
+    layer = "" if fine and tells_all else first_difference(masked, pruned, inputs, kept, TOLERANCE)
+    if layer or not fine:
         raise ValueError(
             f"the pruned network is not the masked one: outputs differ by {found:.1e}{problem}, relative to the "
-            f"largest, first at {layer}; the network is unchanged; leave it alone with exclude"
+            f"largest, first at {layer or 'no single layer'}; the network is unchanged; leave it alone with exclude"
         )
     return found, widths

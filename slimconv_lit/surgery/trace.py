@@ -47,15 +47,19 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 SIZES = (224, 32, 256, 64, 128, 299, 28, 96, 384, 512)
 
 
+def empty_tables(model: nn.Module) -> dict[int, Any]:
+    """A memo for deepcopy. Tables of hooks are nearly always empty; made here, they need not be taken apart there."""
+    tables = (v for module in model.modules() for v in vars(module).values() if type(v) in (dict, OrderedDict))
+    return {id(table): type(table)() for table in tables if not table}
+
+
 def shadow_of(model: nn.Module) -> nn.Module:
     """A copy of `model` on the meta device; no weight is copied.
 
     Of hooks it has those that are the network's own, such as timm's that collect features. A stranger's would be
     called with tensors that have no values, and note them down.
     """
-    # A module's tables of hooks are nearly always empty; made here, they need not be taken apart by deepcopy.
-    tables = (v for module in model.modules() for v in vars(module).values() if type(v) in (dict, OrderedDict))
-    memo: dict[int, Any] = {id(table): type(table)() for table in tables if not table}
+    memo = empty_tables(model)
     memo |= {id(vars(m)[table]): OrderedDict() for m in model.modules() for table in _HOOKS}
     loose = (v for module in model.modules() for v in vars(module).values() if isinstance(v, Tensor))
     for tensor in itertools.chain(model.parameters(), model.buffers(), loose):
@@ -185,6 +189,19 @@ def quiet_pass() -> Iterator[None]:
     stance, shapes = torch.compiler.set_stance("force_eager"), _ShapesOnly()  # type: ignore[no-untyped-call]
     with stance, torch.random.fork_rng(devices=[]), torch.inference_mode(), shapes:
         yield
+
+
+def leaves_of(output: Any) -> list[Any]:
+    """The tensors and plain values in what a network returns.
+
+    Raises:
+        TypeError: If some are inside an object that cannot be looked into.
+    """
+    leaves = tree_flatten(output)[0]
+    for leaf in leaves:
+        if leaf is not None and not isinstance(leaf, Tensor | int | float | str):
+            raise TypeError(f"the network returns a {type(leaf).__name__}, which the channel graph cannot look into")
+    return leaves
 
 
 def trace(
@@ -370,11 +387,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.write(name, output, axis)
 
     def finish(self, output: Any) -> None:
-        for leaf in tree_flatten(output)[0]:
-            if leaf is not None and not isinstance(leaf, Tensor | int | float | str):
-                raise TypeError(
-                    f"the network returns a {type(leaf).__name__}, which the channel graph cannot look into"
-                )
+        for leaf in leaves_of(output):
             labels = self.known(leaf)
             if labels is not None:
                 self.use("output", "the network's output", labels)

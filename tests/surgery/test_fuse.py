@@ -1,6 +1,7 @@
 """`fuse`: what goes, what stays and why, and that the network computes what it did."""
 
 import copy
+from dataclasses import dataclass
 from functools import partial
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.prune import l1_unstructured
 from torchvision.ops import FrozenBatchNorm2d
 
 from slimconv_lit import SlimConv2d, create_backbone, fuse, slimify
@@ -266,6 +268,122 @@ def test_what_cannot_be_proved_is_taken_back_whole(broken, monkeypatch):
     assert list(after) == list(before)
     assert all(torch.equal(after[n], v) or broken == "nan" for n, v in before.items())
     assert [type(m) for m in model.modules()] == kinds
+
+
+# ---- what proves it ------------------------------------------------------------------------------------------------
+
+
+class Returns(nn.Module):
+    """Two convolutions with norms, and whatever `after(network, raw, map)` makes of what they write."""
+
+    def __init__(self, after, before=lambda x: x):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.bn, self.before, self.after = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), before, after
+        self.last, self.last_bn = nn.Conv2d(8, 5, 1), nn.BatchNorm2d(5)
+        self.register_buffer("steps", torch.zeros(()))
+        randomise(self)
+
+    def forward(self, x):
+        self.steps += 1
+        raw = self.conv(self.before(x))
+        return self.after(self, raw, self.last_bn(self.last(self.bn(raw).relu())))
+
+
+@dataclass
+class Maps:
+    raw: torch.Tensor
+    last: torch.Tensor
+
+
+def test_what_is_read_out_of_sight_is_refused_or_left():
+    with pytest.raises(TypeError, match="the network returns a Maps, which the channel graph cannot look into"):
+        fuse(Returns(lambda _, raw, last: Maps(raw, last)))
+    with pytest.raises(ValueError, match="not finite, or there is none"):
+        fuse(Returns(lambda *_: None))
+    keeping = Returns(lambda network, raw, last: [setattr(network, "seen", raw), last][1])
+    assert fuse(keeping).left == {"bn": "what conv writes goes into the network, which keeps it too"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_wrong_fold_is_seen_in_any_type(dtype, monkeypatch):
+    real = fuse.__globals__["_fold"]
+
+    def wrong(edits, name, layer):
+        real(edits, name, layer)
+        edits.model.get_submodule(layer).bias.data.mul_(0.99)
+
+    monkeypatch.setitem(fuse.__globals__, "_fold", wrong)
+    model = Returns(lambda _, raw, last: last).to(dtype)
+    before = {n: v.clone() for n, v in model.state_dict().items()}
+    with pytest.raises(ValueError, match="does not compute"):
+        fuse(model)
+    assert all(torch.equal(model.state_dict()[n], v) for n, v in before.items())
+
+
+def test_what_is_too_large_for_its_type_is_taken_back():
+    model = Returns(lambda _, raw, last: last)
+    model.bn.running_var.fill_(1e-4)
+    model.conv.weight.data.mul_(1e4)
+    model.half()
+    with pytest.raises(ValueError, match=r"conv with bn in it is too large for torch\.float16"):
+        fuse(model)
+    assert isinstance(model.bn, nn.BatchNorm2d)
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        lambda _, raw, last: {"logits": last, "classes": last.argmax(1), "more": last > 0},
+        lambda _, raw, last: {"logits": last, "boxes": last.new_zeros(0, 4)},
+        lambda _, raw, last: last.argmax(1),
+        # The last digit decides.
+        lambda _, raw, last: (last, (last * 1e9).sin() > 0),
+    ],
+)
+def test_integers_and_empty_tensors_do_not_stand_in_the_way(after):
+    model = Returns(after)
+    assert not fuse(model).left
+
+
+def test_integers_alone_prove_nothing(monkeypatch):
+    real = fuse.__globals__["_fold"]
+
+    def wrong(edits, name, layer):
+        real(edits, name, layer)
+        edits.model.get_submodule(layer).bias.data.mul_(0.999)
+
+    model = Returns(lambda _, raw, last: (last.amax((2, 3)) > -100).long())
+    model.last_bn = nn.Identity().eval()
+    monkeypatch.setitem(fuse.__globals__, "_fold", wrong)
+    with pytest.raises(ValueError, match="the first layer that differs is bn"):
+        fuse(model)
+
+
+def test_the_network_itself_is_not_run():
+    compiled = []
+    model = Returns(lambda _, raw, last: last)
+    state = torch.get_rng_state()
+    fuse(torch.compile(model, backend=lambda *_: compiled.append(1)))
+    assert model.steps == 0
+    assert torch.equal(torch.get_rng_state(), state)
+    assert compiled == []
+
+
+def test_values_are_the_callers_where_random_ones_will_not_do():
+    with pytest.raises(ValueError, match=r"not finite.*give them as example_input"):
+        fuse(Returns(lambda _, raw, last: last, before=torch.log))
+    assert not fuse(Returns(lambda _, raw, last: last, before=torch.log), torch.rand(1, 3, 8, 8) + 0.1).left
+
+
+def test_computed_weights_are_no_obstacle():
+    model = Returns(lambda _, raw, last: last)
+    l1_unstructured(model.conv, "weight", 0.5)
+    assert "hooks" in fuse(model).left["bn"]
+
+
+def test_nothing_to_fuse_and_no_parameters():
+    assert fuse(nn.ReLU().eval()).rows == ()
 
 
 # ---- any network ---------------------------------------------------------------------------------------------------

@@ -7,12 +7,14 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torch.nn.utils.parametrize import register_parametrization
+from torch.nn.utils.prune import l1_unstructured
 
-from slimconv_lit import SlimConv2d, apply_plan, create_backbone, prune, slimify
+from slimconv_lit import SlimConv2d, apply_plan, create_backbone, plans_of, prune, slimify
 from slimconv_lit.backbones.cifar_densenet import CifarDenseNet
 from slimconv_lit.backbones.cifar_preresnet import CifarPreResNet
 from slimconv_lit.ops import CompactConv2d, GhostConv2d, OctConv2d, SCConv2d, SEConv2d, SKConv2d, SPConv2d
-from slimconv_lit.surgery import prunable_norms
+from slimconv_lit.surgery import apply_plans, prunable_norms
 from tests.surgery.masking import apart, check_pruned, masked_by, randomise
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -74,7 +76,7 @@ def test_ratio_zero_changes_nothing():
     before, modules = tensors(model), [type(m) for m in model.modules()]
     report = prune(model, 0)
     assert report.pruned == 0
-    assert report.plan == {"kept": {}, "selected": {}, "operators": {}}
+    assert report.plan == {"kept": {}, "selected": {}, "operators": {}, "was": {}, "after": {}}
     assert unchanged(model, before, modules)
 
 
@@ -165,6 +167,57 @@ def test_what_is_not_followed_is_left_with_a_reason():
     assert report.left["unused"] == "never ran in the traced forward pass"
 
 
+class Gain(nn.BatchNorm2d):
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.gain = nn.Parameter(torch.linspace(0.5, 1, channels))
+
+    def forward(self, x):
+        return super().forward(x) * self.gain[:, None, None]
+
+
+def masked_norm(channels):
+    # With a gradient, what it computes could not be copied by this test either.
+    return l1_unstructured(nn.BatchNorm2d(channels).requires_grad_(False), "weight", 0.3)
+
+
+def positive_norm(channels):
+    norm = nn.BatchNorm2d(channels)
+    register_parametrization(norm, "weight", nn.Softplus())
+    return norm
+
+
+@pytest.mark.parametrize(
+    ("part", "why"),
+    [
+        (lambda: nn.Sequential(nn.BatchNorm2d(24), nn.PReLU(24)), "with values of its own for each channel"),
+        (lambda: Gain(24), "it has a tensor of its own, gain"),
+        (lambda: masked_norm(24), "its scales are computed from other parameters"),
+        (lambda: positive_norm(24), "its scales are computed from other parameters"),
+    ],
+)
+def test_what_has_tensors_of_its_own_is_left_alone(part, why):
+    model = chain(nn.ReLU(), nn.Conv2d(24, 24, 1), part(), nn.ReLU())
+    original = copy.deepcopy(model)
+    report = prune(model, 0.3)
+    assert any(why in left for name, left in report.left.items() if name.startswith("4")), report
+    assert model[0].out_channels < 24
+    with torch.no_grad():
+        assert apart(masked_by(original, report.plan)(IMAGES), model(IMAGES)) <= 1e-5
+
+
+def test_a_random_order_stays_whole():
+    # In this order some channels hang together, but not all.
+    slim = SlimConv2d(8, arrangement="shuffle", seed=22)
+    model = chain(
+        nn.ReLU(), nn.Conv2d(24, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), slim, nn.Conv2d(slim.out_channels, 24, 1)
+    )
+    original = copy.deepcopy(model)
+    report = prune(model, 0.5, min_channels=1, max_ratio_per_layer=1)
+    assert "reordered" in report.left["4"]
+    check_pruned(original, report, IMAGES)
+
+
 # ---- streams -----------------------------------------------------------------------------------------------------
 
 
@@ -211,6 +264,16 @@ def test_selection_is_the_papers_way_and_can_be_repeated(build, scales):
     assert all(p.grad is not None for p in model.parameters())
 
 
+def test_names_from_before_a_selection_are_understood():
+    model = randomise(CifarDenseNet(13))
+    assert prune(model, 0.2, streams="select", include="features.*.bn").pruned
+    again = prune(model, 0.2, streams="select", include="features.*.bn", exclude="features.0.bn")
+    assert again.pruned
+    assert "left out" in again.left["features.0.bn.norm"]
+    with pytest.raises(ValueError, match=r"include='zzz' matches no batch norm; known: .* and \d+ more$"):
+        prune(chain(*(nn.BatchNorm2d(24) for _ in range(20))), 0.2, include="zzz")
+
+
 def test_keeping_streams_says_so():
     report = prune(randomise(CifarDenseNet(13)), 0.5)
     assert report.pruned == 0
@@ -224,7 +287,7 @@ def test_keeping_streams_says_so():
     ("operator", "inputs", "outputs"),
     [
         (SlimConv2d, True, True),
-        (partial(SlimConv2d, arrangement="shuffle"), "all its channels hang together", True),
+        (partial(SlimConv2d, arrangement="shuffle"), "split or reordered by slice", True),
         (CompactConv2d, True, True),
         (partial(CompactConv2d, layout="halves", join="difference"), True, True),
         (GhostConv2d, True, True),
@@ -305,6 +368,63 @@ def test_bad_input():
         prune(sick, 0.5)
 
 
+@pytest.mark.parametrize(
+    "head",
+    [
+        lambda y: {"logits": y, "classes": y.argmax(1), "sure": y > 0},
+        lambda y: (y, y.new_zeros(0, 4)),
+        lambda y: y.argmax(1),
+        # The last digit decides.
+        lambda y: (y, (y * 1e9).sin() > 0),
+    ],
+)
+def test_integers_and_empty_tensors_do_not_stand_in_the_way(head):
+    class Head(nn.Module):
+        def forward(self, x):
+            return head(x)
+
+    # Behind a sum over many channels, a pruned network rounds otherwise than a masked one.
+    model = chain(nn.ReLU(), nn.Conv2d(24, 24, 3), nn.BatchNorm2d(24), nn.ReLU())
+    model.append(Head())
+    assert prune(model, 0.5).pruned
+
+
+def test_integers_alone_prove_nothing(monkeypatch):
+    class Above(nn.Module):
+        def forward(self, x):
+            return x > -1000
+
+    model, real = chain(nn.ReLU()).append(Above()), prune.__globals__["make_plan"]
+
+    def wrong(*args):
+        plan = real(*args)
+        plan["kept"]["3"]["input"] = [(i + 1) % 24 for i in plan["kept"]["3"]["input"]]
+        return plan
+
+    monkeypatch.setitem(prune.__globals__, "make_plan", wrong)
+    with pytest.raises(ValueError, match="first at 3;"):
+        prune(model, 0.5)
+
+
+def test_a_compiled_network_is_proved_without_compiling():
+    compiled = []
+    model = chain(nn.ReLU())
+    prune(torch.compile(model, backend=lambda *_: compiled.append(1)), 0.5)
+    assert model[0].out_channels < 24
+    assert compiled == []
+
+
+def test_values_are_the_callers_where_random_ones_will_not_do():
+    class Log(nn.Module):
+        def forward(self, x):
+            return x.log()
+
+    model = nn.Sequential(Log(), *chain(nn.ReLU())).eval()
+    with pytest.raises(ValueError, match=r"not finite.*give them as example_input"):
+        prune(model, 0.5)
+    assert prune(model, 0.5, example_input=IMAGES.abs() + 0.1).pruned
+
+
 # ---- afterwards --------------------------------------------------------------------------------------------------
 
 
@@ -317,6 +437,40 @@ def test_a_plan_is_another_networks():
     with pytest.raises(ValueError, match="there is no such layer"):
         apply_plan(nn.Sequential(), report.plan)
     assert unchanged(other, before, modules)
+    wider = chain(nn.ReLU())
+    wider[3] = nn.Conv2d(28, 8, 1)
+    with pytest.raises(ValueError, match=r"3 should have 24 channels; it has 28"):
+        apply_plan(wider, report.plan)
+    # A plan from before that was noted.
+    older = {key: report.plan[key] for key in ("kept", "selected", "operators")}
+    fresh = chain(nn.ReLU())
+    apply_plan(fresh, older)
+    assert fresh[0].out_channels == len(older["kept"]["0"]["output"])
+
+
+def test_parts_and_the_whole_may_be_pruned_in_turn():
+    def build():
+        part = nn.Sequential(*chain(nn.ReLU())[:6])
+        last = [nn.Conv2d(8, 12, 1), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 5, 1)]
+        return randomise(nn.Sequential(part, *last))
+
+    model = build()
+    for what in (model[0], model, model[0], model):
+        assert prune(what, 0.3, min_channels=1).pruned
+    plans = plans_of(model)
+    assert {name: len(plan) for name, plan in plans.items()} == {"": 2, "0": 2}
+    fresh = build()
+    take_back = apply_plans(fresh, plans)
+    fresh.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(fresh(IMAGES), model(IMAGES))
+    assert plans_of(fresh) == plans
+    # What has been done is not done again, and all of it can be taken back.
+    apply_plans(fresh, plans)
+    assert plans_of(fresh) == plans
+    take_back()
+    assert plans_of(fresh) == {}
+    assert fresh[0][0].out_channels == 24
 
 
 def test_a_plan_and_weights_are_enough_to_go_on(tmp_path):
