@@ -14,7 +14,8 @@ from torchvision.datasets import imagenet
 
 from slimconv_lit.cli import main
 from slimconv_lit.data import ImageNetDataModule, files
-from slimconv_lit.data.files import Archive, DataError, inspect_image, read_image
+from slimconv_lit.data.coco2014 import read_ids
+from slimconv_lit.data.files import Archive, DataError, inspect_image, read_image, read_list
 
 
 def member(name, content=b"", kind=tarfile.REGTYPE, link="", mode=0o644):
@@ -164,3 +165,12 @@ def test_pictures_of_imagenet_are_read_in_the_same_way(tmp_path):
         (tmp_path / split / "cat" / "a.JPEG").write_bytes(b"no picture")
     with pytest.raises(DataError, match=r"a\.JPEG cannot be decoded"):
         ImageNetDataModule(root=str(tmp_path)).dataset("val")[0]
+
+
+def test_lists_that_are_no_text_are_told_by_their_names(tmp_path):
+    path = tmp_path / "val.txt"
+    path.write_bytes(b"\xff\xd8 \n7\n")
+    # Nothing is called so, which those say who look for the images.
+    assert read_list(path) == ["\ufffd\ufffd", "7"]
+    with pytest.raises(DataError, match=r"val\.txt must have the id of an image on each line"):
+        read_ids(path)
