@@ -7,8 +7,10 @@ import pytest
 import torch
 import yaml
 
-from slimconv_lit.cli import main
+from slimconv_lit.cli import main, run_verb
+from slimconv_lit.lookup import CONFIGS as SHIPPED
 
+QUICKSTART = SHIPPED / "quickstart.yaml"
 FIT = ["fit", "--config=quickstart.yaml", "--config=x.yaml", "--print_config"]
 
 
@@ -167,6 +169,27 @@ def test_a_sweep_cannot_allow_itself(evil, capsys):
     (evil / "s.yaml").write_text(yaml.safe_dump(sweep | {"parameters": {"trainer.callbacks": {"value": "evil.Back"}}}))
     assert main(["sweep", "s.yaml", "--dry_run"]) == 0
     assert "cannot be built: trainer.callbacks: evil.Back is of no package" in capsys.readouterr().out
+    assert not os.path.exists("ran")
+
+
+@pytest.mark.parametrize("key", ["allow-import", "allow_import", "ratio=0.3 --allow-import", "config", "print_config"])
+def test_the_section_of_prune_cannot_allow_itself(key, evil, capsys):
+    config = {"base": str(QUICKSTART), "trainer": {"callbacks": [BACK]}, "prune": {"ratio": 0.3, key: "evil"}}
+    (evil / "x.yaml").write_text(yaml.safe_dump(config))
+    refused(["prune", "--config=x.yaml"], capsys, f"`prune:` has no {key!r}")
+    # As it comes with a folder that was downloaded.
+    (evil / "run" / "checkpoints").mkdir(parents=True)
+    (evil / "x.yaml").rename(evil / "run" / "config.yaml")
+    torch.save({"state_dict": {}}, "run/checkpoints/last.ckpt")
+    refused(["prune", "--ckpt_path=run/checkpoints/last.ckpt"], capsys, f"`prune:` has no {key!r}")
+
+
+def test_no_parser_knows_the_option(evil, capsys):
+    (evil / "x.yaml").write_text(yaml.safe_dump(CONFIGS["a callback"]))
+    # Words that a verb has put together, as a sweep does from its file.
+    assert run_verb("fit", [*FIT[1:], "--allow-import=evil"]) == 2
+    assert run_verb("profile", ["cifar_resnet20", "--operator=evil.Op", "--allow-import=evil"]) == 2
+    assert capsys.readouterr().err.count("error: ") == 2
     assert not os.path.exists("ran")
 
 

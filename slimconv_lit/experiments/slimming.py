@@ -27,7 +27,7 @@ from slimconv_lit.config_files import Config, load_config, merge, recipe_of
 from slimconv_lit.errors import explain
 from slimconv_lit.experiments.report import open_task
 from slimconv_lit.lightning_cli import build_fit, open_checkpoint, run
-from slimconv_lit.lookup import PRUNING, find_checkpoint, find_config
+from slimconv_lit.lookup import PRUNING, closest, find_checkpoint, find_config
 from slimconv_lit.surgery import PruneReport, plans_of, prune
 from slimconv_lit.surgery.classes import Streams
 from slimconv_lit.tables import format_table
@@ -104,7 +104,8 @@ def slimming(argv: Sequence[str]) -> Path:
             recipe = merge(recipe, load_config(find_config(own.config, PRUNING)))
     except (FileNotFoundError, ValueError) as error:
         raise UsageError(str(error)) from error
-    options = _options(recipe.pop("prune", {}), own)
+    typed = {f.name: getattr(own, f.name, None) for f in fields(Slimming)}
+    options = read_options(recipe.pop("prune", {}), {name: value for name, value in typed.items() if value is not None})
     stem = Path(own.config).stem if own.config else checkpoint.parent.parent.parent.name if checkpoint else ""
     folder = root / (own.name or f"{stem}-prune")
     return _Loop(options, recipe, fit_options, folder).go(checkpoint)
@@ -135,18 +136,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _options(section: object, given: argparse.Namespace) -> Slimming:
+def read_options(section: object, typed: Mapping[str, str]) -> Slimming:
+    """What a section `prune:` says, and over it the command line.
+
+    Raises:
+        UsageError: If there is something in the section that `Slimming` does not know, or out of range.
+    """
     if not isinstance(section, dict):
         raise UsageError(f"the config's section `prune:` must be a mapping, it is {section!r}")
-    typed = {f.name: getattr(given, f.name, None) for f in fields(Slimming)}
-    values = section | {name: value for name, value in typed.items() if value is not None}
+    names = [f.name for f in fields(Slimming)]
+    if unknown := next((key for key in section if key not in names), None):
+        raise UsageError(f"the config's section `prune:` has no {unknown!r}; {closest(unknown, names)}")
     parser = RaisingParser(prog="prune")
     parser.add_class_arguments(Slimming)
-    words = [f"--{name}={v if isinstance(v, str) else json.dumps(v)}" for name, v in values.items()]
     try:
-        return Slimming(**parser.parse_args(words).as_dict())
+        # Values, never words: a word from a file could be any option.
+        return Slimming(**parser.parse_object(section | typed).as_dict())
     except (UsageError, ValueError) as error:
-        raise UsageError(f"prune: {explain(str(error), [f.name for f in fields(Slimming)], words)}") from error
+        raise UsageError(f"prune: {explain(str(error), names)}") from error
 
 
 # Its checkpoint, what that network scores and costs, and the same of the network before, if the stage pruned it.

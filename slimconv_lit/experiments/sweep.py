@@ -24,10 +24,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from slimconv_lit.cli import main
+from slimconv_lit import trust
+from slimconv_lit.cli import run_verb
 from slimconv_lit.experiments.sweep_file import Point, Sweep, find_sweep, read_sweep
 from slimconv_lit.lightning_cli import preview
 from slimconv_lit.tables import format_table
+from slimconv_lit.trust import allow, let_in
 from slimconv_lit.usage import UsageError
 
 # Where the run came to lie and how long it took differ from one attempt to the next; the table must not.
@@ -139,8 +141,8 @@ def _run_point(spawner: Any, command: Sequence[str], folder: Path) -> dict[str, 
         if known["command"] == list(command):
             return known
     folder.mkdir(parents=True, exist_ok=True)
-    words = ["fit", *command, f"--run_root={folder.parent}", f"--name={folder.name}"]
-    process = spawner.Process(target=_fit, args=(words, folder / "output.txt"))
+    words = [*command, f"--run_root={folder.parent}", f"--name={folder.name}"]
+    process = spawner.Process(target=_fit, args=(words, folder / "output.txt", let_in))
     process.start()
     process.join()
     results = sorted(folder.glob("*/results.json"))
@@ -151,13 +153,14 @@ def _run_point(spawner: Any, command: Sequence[str], folder: Path) -> dict[str, 
     return done
 
 
-def _fit(words: Sequence[str], output: Path) -> None:
+def _fit(words: Sequence[str], output: Path, allowed: Sequence[str]) -> None:
     """What a point's process does."""
+    allow(allowed)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with output.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    sys.exit(main(words))
+    sys.exit(run_verb("fit", list(words)))
 
 
 def _end_with_parent() -> None:

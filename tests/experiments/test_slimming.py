@@ -201,7 +201,7 @@ def test_shipped_configs(path, tmp_path, monkeypatch, capsys):
     assert main(["prune", f"--config={path.name}", "--multi_pass=0"]) == 2
     assert "multi_pass=0 must be at least 1" in capsys.readouterr().err
     recipe = slimming.load_config(path)
-    options = slimming._options(recipe.pop("prune"), slimming._parser().parse_args([]))
+    options = slimming.read_options(recipe.pop("prune"), {})
     (tmp_path / "fit.yaml").write_text(yaml.safe_dump(recipe))
     cli = slimming.build_fit(["--config=fit.yaml"])
     assert len(prunable_norms(cli.model.model, exclude=options.exclude)) > 10
