@@ -39,6 +39,7 @@ from slimconv_lit.checkpoint_files import read_checkpoint
 from slimconv_lit.config_files import Config, compose
 from slimconv_lit.data import BaseDataModule
 from slimconv_lit.distributed import FSDP2, check_devices, launched
+from slimconv_lit.durable import write_whole
 from slimconv_lit.errors import Parser, explain
 from slimconv_lit.faults import RunError, explain_fault
 from slimconv_lit.memory import keep_memory
@@ -223,7 +224,9 @@ class SlimCLI(LightningCLI):
         """Prunes the network as the checkpoint's was: Lightning would do it when callbacks have copied the network."""
         try:
             self.model.on_load_checkpoint(read_checkpoint(Path(path)))
-        except ValueError as error:
+        except (ValueError, RuntimeError, TypeError) as error:
+            if os.environ.get("JSONARGPARSE_DEBUG"):
+                raise
             raise UsageError(f"{path}: {error}") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -235,8 +238,8 @@ class SlimCLI(LightningCLI):
         if trainer["devices"] == "auto" and trainer["num_nodes"] == 1:
             kwargs |= launched()
         if not trainer["fast_dev_run"]:
-            path = self._open_folder(own)
-            self.run_folder = RunFolder(path, self.full_config())
+            path, new = self._open_folder(own)
+            self.run_folder = RunFolder(path, self.full_config(), new)
             callbacks = self._own_callbacks(callbacks) + callbacks
             if trainer["logger"] in (None, True):
                 # A prediction logs nothing.
@@ -251,19 +254,18 @@ class SlimCLI(LightningCLI):
             plugins.append(DurableIO())
         return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
 
-    def _open_folder(self, own: Mapping[str, Any]) -> Path:
-        """The folder of this run: that of the one that goes on, or a new one.
+    def _open_folder(self, own: Mapping[str, Any]) -> tuple[Path, bool]:
+        """The folder of this run, and whether it is new: not where it is that of a run that goes on.
 
         Raises:
             UsageError: If it cannot be written to, or another process is writing into it.
         """
         home, last = Path(own["run_root"], own["name"] or self.verb), Path(own.get("ckpt_path") or "").resolve()
         goes_on = self.verb == "fit" and last.match("checkpoints/last.ckpt")
+        goes_on = goes_on and last.parent.parent.parent == home.resolve()
         try:
-            if goes_on and last.parent.parent.parent == home.resolve():
-                path = home / last.parent.parent.name
-            else:
-                path = new_run_folder(home.parent, home.name, self.purpose)
+            old = home / last.parent.parent.name
+            path = old if goes_on else new_run_folder(home.parent, home.name, self.purpose)
             # The other processes of a distributed run write nothing.
             if self.verb == "fit" and not rank_zero_only.rank:  # type: ignore[attr-defined]
                 self.lock = Lock(path)
@@ -271,7 +273,7 @@ class SlimCLI(LightningCLI):
             raise UsageError(f"{error}; wait for its end, or begin a new run there with another --name") from error
         except OSError as error:
             raise UsageError(f"--run_root={own['run_root']}: cannot write into {home}: {error.strerror}") from error
-        return path
+        return path, not goes_on
 
     def _own_callbacks(self, given: Sequence[Callback]) -> list[Callback]:
         assert self.run_folder
@@ -379,7 +381,7 @@ class SlimCLI(LightningCLI):
         }
         if self.trainer.is_global_zero:
             if self.run_folder:
-                (self.run_folder.path / "results.json").write_text(json.dumps(self.results, indent=2) + "\n")
+                write_whole(self.run_folder.path / "results.json", json.dumps(self.results, indent=2) + "\n")
             print(f"\n{results_table([self.results], self.model.monitor)}\n")
 
 

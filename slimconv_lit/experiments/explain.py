@@ -39,6 +39,9 @@ def explain(argv: Sequence[str]) -> Path:
     parser.add_argument("--shown", type=int, default=6, help="images that Grad-CAM draws (default: 6)")
     parser.add_argument("--layer", help="the layer whose maps are drawn (default: the first operator)")
     own, rest = parser.parse_known_args(argv)
+    for option in ("images", "shown"):
+        if getattr(own, option) < 1:
+            raise UsageError(f"--{option}={getattr(own, option)}: at least one image is needed")
     data = ["--data", own.data] if own.data else []
     cli = open_checkpoint("explain", [f"--ckpt_path={own.ckpt_path}", *data, *rest])
     with torch.random.fork_rng():

@@ -23,7 +23,10 @@ from matplotlib.figure import Figure
 
 from slimconv_lit.analysis.complexity import macs, params
 from slimconv_lit.analysis.latency import interleaved, machine, ratios, spread
+from slimconv_lit.callbacks.checkpoints import DurableIO
+from slimconv_lit.callbacks.run_folder import Lock
 from slimconv_lit.config_files import Config, load_config, merge, recipe_of
+from slimconv_lit.durable import write_whole
 from slimconv_lit.errors import explain
 from slimconv_lit.experiments.report import open_task
 from slimconv_lit.lightning_cli import build_fit, open_checkpoint, run
@@ -190,7 +193,19 @@ class _Loop:
         if checkpoint is None:
             self._rehearse()
         self.folder.mkdir(parents=True, exist_ok=True)
-        weights = str(checkpoint) if checkpoint else None
+        try:
+            lock = Lock(self.folder)
+        except BlockingIOError as error:
+            raise UsageError(f"{error}; wait for its end, or say another --name") from error
+        try:
+            self._run_stages(str(checkpoint) if checkpoint else None)
+            self._finish()
+        finally:
+            lock.release()
+        return self.folder
+
+    def _run_stages(self, weights: str | None) -> None:
+        given = weights is not None
         if self.options.dense:
             dense = self._train("0-dense", {}, None, best=True)
             self._note("dense", dense.after, dense.checkpoint)
@@ -200,13 +215,11 @@ class _Loop:
             pruned = self._stage(f"{number}-prune", {"options": self._how_to_prune()}, weights, self._prune)
             assert pruned.before is not None
             assert weights is not None
-            self._note("given" if number == 1 and checkpoint else f"{number} sparse", pruned.before, weights)
+            self._note("given" if number == 1 and given else f"{number} sparse", pruned.before, weights)
             self._note(f"{number} pruned", pruned.after, pruned.checkpoint)
             finetuned = self._train(f"{number}-finetune", self.options.finetune, pruned.checkpoint, best=True)
             self._note(f"{number} fine-tuned", finetuned.after, finetuned.checkpoint)
             weights = finetuned.checkpoint
-        self._finish()
-        return self.folder
 
     # ---- stages --------------------------------------------------------------------------------------------------
 
@@ -224,9 +237,7 @@ class _Loop:
         print(f"{name}: in {record.parent}")
         checkpoint, after, before = make(name, made_from, weights)
         done = _Stage(own, str(checkpoint), after, before)
-        partial_file = record.with_suffix(".partial")
-        partial_file.write_text(json.dumps(vars(done), indent=2) + "\n")
-        partial_file.replace(record)
+        write_whole(record, json.dumps(vars(done), indent=2) + "\n")
         return done
 
     def _train(self, name: str, changes: Config, weights: str | None, best: bool = False) -> _Stage:
@@ -266,11 +277,13 @@ class _Loop:
             raise UsageError(f"{weights}: {error}") from error
         folder = cli.run_folder.path
         (folder / "pictures").mkdir(exist_ok=True)
+        # What trained this network, and not how it was opened, is what its checkpoint goes on with.
+        recipe = self._without_penalty(self.recipe)
+        write_whole(folder / "config.yaml", yaml.safe_dump(recipe, sort_keys=False))
         (folder / "pruned.txt").write_text(f"{report}\n")
         draw_widths(report).savefig(folder / "pictures" / "widths.png")
         print(str(report).splitlines()[-1])
         target = folder / "checkpoints" / "pruned.ckpt"
-        target.parent.mkdir(exist_ok=True)
         _save_pruned(Path(weights), cli.model, target)
         return target, tested(), before
 
@@ -351,9 +364,7 @@ def _save_pruned(trained: Path, task: Any, target: Path) -> None:
     unfit = {"optimizer_states", "lr_schedulers", "callbacks", "loops", "MixedPrecision"}
     kept = {key: value for key, value in held.items() if key not in unfit and not key.startswith("averaging")}
     kept |= {"state_dict": task.state_dict(), "pruned": plans_of(task.model)}
-    partial_file = target.with_suffix(".partial")
-    torch.save(kept, partial_file)
-    partial_file.replace(target)
+    DurableIO().save_checkpoint(kept, target)
 
 
 def draw_widths(report: PruneReport) -> Figure:

@@ -59,9 +59,9 @@ def test_another_class_does_not_inherit_arguments():
 
 
 def test_what_a_checkpoint_carries(in_tmp):
-    torch.save({"hyper_parameters": {"_class_path": "M", "_instantiator": "x", "lr": 1}}, "x.ckpt")
+    torch.save({"state_dict": {}, "hyper_parameters": {"_class_path": "M", "_instantiator": "x", "lr": 1}}, "x.ckpt")
     assert checkpoint_config(in_tmp / "x.ckpt") == {"model": {"class_path": "M", "init_args": {"lr": 1}}}
-    torch.save({"hyper_parameters": {"lr": 1}, "class_paths": {"model": "M"}}, "y.ckpt")
+    torch.save({"state_dict": {}, "hyper_parameters": {"lr": 1}, "class_paths": {"model": "M"}}, "y.ckpt")
     assert checkpoint_config(in_tmp / "y.ckpt") == {"model": {"class_path": "M", "init_args": {"lr": 1}}}
 
 

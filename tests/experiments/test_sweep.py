@@ -13,6 +13,7 @@ from PIL import Image
 
 from slimconv_lit.cli import main
 from slimconv_lit.experiments.sweep_file import read_sweep
+from slimconv_lit.lookup import CONFIGS
 
 TINY = """
 method: grid
@@ -82,6 +83,10 @@ def test_a_point_that_fails_says_why_and_the_others_go_on(in_tmp, monkeypatch, c
     mine = ["--trainer.callbacks=of_the_points.Mine", "--allow-import=of_the_points"]
     assert main(["sweep", "tiny.yaml", *SHORT, "--model.lr=0.01", *mine]) == 1
     assert rows_of(Path("runs"))[1]["status"] == "finished", "what is let in is let into the points' processes too"
+    # The same words, and another recipe behind them, of which there are no results.
+    (in_tmp / "quickstart.yaml").write_text(f"base: {CONFIGS / 'quickstart.yaml'}\ntest_after: false\n")
+    assert main(["sweep", "tiny.yaml", *SHORT, "--model.lr=0.01", *mine]) == 1
+    assert rows_of(Path("runs"))[1]["status"] == "failed: it was not tested, so it has no results.json"
     assert len(list(Path("runs/tiny").glob("*/*/results.json"))) == len(before) + 1
 
 
