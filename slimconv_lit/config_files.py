@@ -2,6 +2,7 @@
 
 A file may start from others: `base: other.yaml` (or a list of them) at its top, or inside `data:`, `model:` or
 `trainer:`, is read first, and the file then states only what differs. `data: other.yaml` is short for the whole part.
+`callbacks+:` adds to a list of theirs.
 Paths count from the file that names them.
 """
 
@@ -92,10 +93,21 @@ def _load_named(name: object, by: Sequence[Path]) -> Config:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Config:
-    """`base` with `over` laid on top, key by key; a class inherits no arguments from another that it replaces."""
+    """`base` with `over` laid on top, key by key; a class inherits no arguments from another that it replaces.
+
+    `callbacks+` adds its list to that of `callbacks`; where there is none yet, it waits for one further below, and the
+    parser takes what is left.
+    """
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
+        longer = next(
+            (k for k in (key.removesuffix("+"), key) if key[-1:] == "+" and isinstance(merged.get(k), list)), ""
+        )
+        if longer and isinstance(value, list):
+            merged[longer] = [*merged[longer], *value]
+            continue
+        merged.pop(f"{key}+", None)
         if isinstance(old, Mapping) and isinstance(value, Mapping) and _same_class(old, value):
             merged[key] = merge(old, value)
         else:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -41,7 +42,7 @@ from slimconv_lit.data import BaseDataModule
 from slimconv_lit.distributed import FSDP2, check_devices, launched
 from slimconv_lit.durable import write_whole
 from slimconv_lit.errors import Parser, explain
-from slimconv_lit.faults import RunError, explain_fault
+from slimconv_lit.faults import RunError, explain_fault, is_refusal
 from slimconv_lit.memory import keep_memory
 from slimconv_lit.ops.reconstruct import Kernel, use_kernel
 from slimconv_lit.preemption import PreemptibleTrainer
@@ -161,6 +162,9 @@ class SlimCLI(LightningCLI):
             UsageError: With the accepted name that is closest to a wrong one.
         """
         assert isinstance(args, list)
+        linked = re.compile(rf"--model\.(init_args\.)?({'|'.join(_LINKS)})(=|$)")
+        if typed := next(filter(linked.match, args), None):
+            raise UsageError(f"{typed.partition('=')[0]} is not to be set: the data say it")
         try:
             self.config = parser.parse_args(args)
         except UsageError as error:
@@ -308,6 +312,7 @@ class SlimCLI(LightningCLI):
         """Runs the verb.
 
         Raises:
+            UsageError: If an option turns out to be wrong once the data have been read.
             RunError: If memory has run out or a process that loads images has died; it says what to lower.
             SystemExit: If the process was told to end (SIGTERM): a fit has saved last.ckpt, and the status is 143. Or
                 if it was interrupted (Ctrl-C, SIGINT): the status is 130.
@@ -323,10 +328,14 @@ class SlimCLI(LightningCLI):
                 raise
             self._tell_how_to_go_on("interrupted")
             raise SystemExit(INTERRUPTED) from None
-        except (RuntimeError, MemoryError) as error:
-            if not (told := explain_fault(error, self._batch())) or os.environ.get("JSONARGPARSE_DEBUG"):
+        except (RuntimeError, MemoryError, ValueError, MisconfigurationException) as error:
+            if os.environ.get("JSONARGPARSE_DEBUG"):
                 raise
-            raise RunError(told) from error
+            if isinstance(error, MisconfigurationException) or is_refusal(error):
+                raise UsageError(" ".join(str(error).split())[:500]) from error
+            if told := explain_fault(error, self._batch()):
+                raise RunError(told) from error
+            raise
 
     def _tell_how_to_go_on(self, what: str) -> None:
         last = self.run_folder and self.run_folder.path / "checkpoints" / "last.ckpt"

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from matplotlib.figure import Figure
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import TensorBoardLogger
@@ -57,12 +58,13 @@ class Sparsity(Callback):
         """Finds the scales and gives them their first value.
 
         Raises:
-            ValueError: If the network has no batch norm, or a pattern leaves none.
+            MisconfigurationException: If the network has no batch norm, or a pattern leaves none.
         """
         # As in a checkpoint of the network itself, patterns do not begin with the task's "model.".
         norms = prunable_norms(getattr(pl_module, "model", pl_module), exclude=self.exclude)
         if not norms:
-            raise ValueError(f"Sparsity: exclude={list(self.exclude)} leaves no batch norm of the network")
+            excluded = list(self.exclude)
+            raise MisconfigurationException(f"Sparsity: exclude={excluded} leaves no batch norm of the network")
         self._scales = [norm.weight for norm in norms.values()]  # type: ignore[misc]
         if self.initial_scale is not None and not trainer.ckpt_path:
             with torch.no_grad():

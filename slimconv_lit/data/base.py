@@ -205,7 +205,9 @@ class BaseDataModule(pl.LightningDataModule):
         on_bad_image: OnBadImage = "raise",
     ) -> None:
         super().__init__()
-        for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0)):
+        least_of = {"batch_size": 1, "eval_batch_size": 1, "num_workers": 0, "seed": 0}
+        given = (batch_size, batch_size if eval_batch_size is None else eval_batch_size, num_workers or 0, seed)
+        for (name, least), value in zip(least_of.items(), given, strict=True):
             if value < least:
                 raise ValueError(f"{name}={value} must be at least {least}")
         self.root = Path(root)

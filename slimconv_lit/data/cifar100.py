@@ -125,6 +125,8 @@ class CIFAR100DataModule(BaseDataModule):
             root, batch_size, eval_batch_size, num_workers, seed, sample, predict_dir, pin_memory, on_bad_image
         )
         self.save_hyperparameters(logger=False)
+        if not 0 <= split_seed < 2**32:
+            raise ValueError(f"split_seed={split_seed} must be at least 0 and below 2**32")
         self.split_seed = split_seed
         self.val_fraction = val_fraction
         self.val_on_test = val_on_test

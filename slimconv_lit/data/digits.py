@@ -100,6 +100,8 @@ class DigitsDataModule(BaseDataModule):
         if image_size < 8:
             raise ValueError(f"image_size={image_size} must be at least 8, the size of the stored digits")
         self.save_hyperparameters(logger=False)
+        if not 0 <= split_seed < 2**32:
+            raise ValueError(f"split_seed={split_seed} must be at least 0 and below 2**32")
         self.split_seed = split_seed
         self.num_classes = 10
         self.class_names = tuple("0123456789")

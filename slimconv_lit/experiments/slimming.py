@@ -154,7 +154,7 @@ def read_options(section: object, typed: Mapping[str, str]) -> Slimming:
     parser.add_class_arguments(Slimming)
     try:
         # Values, never words: a word from a file could be any option.
-        return Slimming(**parser.parse_object(section | typed).as_dict())
+        return Slimming(**parser.parse_object({**section, **typed}).as_dict())
     except (UsageError, ValueError) as error:
         raise UsageError(f"prune: {explain(str(error), names)}") from error
 
@@ -278,7 +278,7 @@ class _Loop:
         folder = cli.run_folder.path
         (folder / "pictures").mkdir(exist_ok=True)
         # What trained this network, and not how it was opened, is what its checkpoint goes on with.
-        recipe = self._without_penalty(self.recipe)
+        recipe = self._without_penalty(recipe_of(Path(weights)))
         write_whole(folder / "config.yaml", yaml.safe_dump(recipe, sort_keys=False))
         (folder / "pruned.txt").write_text(f"{report}\n")
         draw_widths(report).savefig(folder / "pictures" / "widths.png")
@@ -318,7 +318,8 @@ class _Loop:
 
     @staticmethod
     def _without_penalty(recipe: Config) -> Config:
-        callbacks = recipe.get("trainer", {}).get("callbacks") or []
+        trainer = recipe.get("trainer", {})
+        callbacks = [*(trainer.get("callbacks") or []), *(trainer.get("callbacks+") or [])]
         kept = [c for c in callbacks if not str(c.get("class_path", "")).endswith("Sparsity")]
         return merge(recipe, {"trainer": {"callbacks": kept}})
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import EMAWeightAveraging
 from pytorch_lightning.utilities import rank_zero_info
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
@@ -138,6 +139,9 @@ class BaseTask(pl.LightningModule):
         warmup_epochs: Epochs in which the learning rate rises linearly from a hundredth of `lr`.
         ema_decay: Decay of an exponential moving average of the weights, which is then what is validated, saved and
             tested. None for no average.
+
+    Raises:
+        ValueError: If one of these is out of its range, or what the hooks build cannot be.
     """
 
     monitor: str = "val/loss"
@@ -164,6 +168,18 @@ class BaseTask(pl.LightningModule):
         ema_decay: float | None = None,
     ) -> None:
         super().__init__()
+        check_ranges(
+            lr=(lr, 0, math.inf),
+            momentum=(momentum, 0, 1),
+            weight_decay=(weight_decay, 0, math.inf),
+            gamma=(gamma, 0, math.inf),
+            warmup_epochs=(warmup_epochs, 0, math.inf),
+            ema_decay=(ema_decay or 0.0, 0, 1),
+        )
+        if nesterov and not momentum:
+            raise ValueError("nesterov=True needs a momentum above 0")
+        if any(later <= sooner for sooner, later in pairwise([0, *milestones])):
+            raise ValueError(f"milestones={list(milestones)} must rise, from above 0")
         # logger=False: the run folder hands the nested configuration to the loggers, once.
         self.save_hyperparameters(logger=False, ignore=["operator"])
         # The command line hands every task what it learns from the data; in_channels is no argument of all.
@@ -324,9 +340,10 @@ class BaseTask(pl.LightningModule):
         h, groups = self.hparams, optimizer.param_groups
         total = self.trainer.estimated_stepping_batches
         if not isinstance(total, int) or total < 1:
-            raise ValueError("the schedule needs to know where it ends: set trainer.max_epochs or trainer.max_steps")
-        if any(later <= sooner for sooner, later in pairwise(h["milestones"])):
-            raise ValueError(f"milestones must rise, they are {h['milestones']}")
+            raise MisconfigurationException(
+                f"the schedule needs to know where it ends: max_epochs={self.trainer.max_epochs}, max_steps="
+                f"{self.trainer.max_steps}; set trainer.max_epochs or trainer.max_steps to a number above 0"
+            )
         # Where only max_steps is set, asking for their total has not made Lightning count the batches.
         self.trainer.fit_loop.setup_data()
         steps_per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
@@ -347,6 +364,18 @@ class BaseTask(pl.LightningModule):
             return schedule
         rise = lr_scheduler.LinearLR(optimizer, start_factor=0.01, total_iters=warmup)
         return lr_scheduler.SequentialLR(optimizer, [rise, schedule], [warmup])
+
+
+def check_ranges(**ranges: tuple[float, float, float]) -> None:
+    """Looks at arguments, each as (value, least, below).
+
+    Raises:
+        ValueError: If one is less than `least`, or not below `below`, or no number; the message names it.
+    """
+    for name, (value, least, below) in ranges.items():
+        if not least <= value < below:
+            limit = f" and below {below}" if below < math.inf else ", and finite" if value == below else ""
+            raise ValueError(f"{name}={value} must be at least {least}{limit}")
 
 
 def _poly(rate: float, steps: int, power: float = 0.9, least: float = 1e-6) -> Callable[[int], float]:

@@ -1,5 +1,6 @@
 """Image classification."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ from torchvision.transforms import v2
 
 from slimconv_lit.backbones import create_backbone
 from slimconv_lit.ops import resolve_operator
-from slimconv_lit.tasks.base import BaseTask, Picture
+from slimconv_lit.tasks.base import BaseTask, Picture, check_ranges
 
 
 class ClassificationTask(BaseTask):
@@ -42,6 +43,9 @@ class ClassificationTask(BaseTask):
         cutmix_alpha: float = 0.0,
         **base: Any,
     ) -> None:
+        if not 0 <= label_smoothing <= 1:
+            raise ValueError(f"label_smoothing={label_smoothing} must be from 0 to 1")
+        check_ranges(mixup_alpha=(mixup_alpha, 0, math.inf), cutmix_alpha=(cutmix_alpha, 0, math.inf))
         super().__init__(backbone, **base)
         mixes: list[v2.Transform] = []
         if mixup_alpha:

@@ -1,5 +1,6 @@
 """Semantic segmentation with DeepLabv3+."""
 
+import math
 from collections.abc import Sequence
 from inspect import signature
 from itertools import product
@@ -21,7 +22,7 @@ from slimconv_lit.backbones.weights import load_backbone_weights
 from slimconv_lit.heads import DeepLabV3Plus
 from slimconv_lit.lookup import closest
 from slimconv_lit.ops import resolve_operator
-from slimconv_lit.tasks.base import BaseTask, Picture
+from slimconv_lit.tasks.base import BaseTask, Picture, check_ranges
 from slimconv_lit.tasks.segmentation_metrics import mean_iou, pixel_accuracy
 
 # Of a picture: pixels between its panels, and their largest side.
@@ -91,6 +92,7 @@ class SegmentationTask(BaseTask):
             raise ValueError(f"tta_scales={list(tta_scales)} must be factors above 0; [1.0] for the image as it is")
         if num_classes > 256:
             raise ValueError(f"num_classes={num_classes}: a mask has room for 256 labels")
+        check_ranges(backbone_lr_factor=(backbone_lr_factor, 0, math.inf))
         super().__init__(backbone, **base)
         self.hparams["tta_scales"] = list(tta_scales)
 

@@ -3,6 +3,7 @@
 import pytest
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, TensorDataset
 
 from slimconv_lit import ClassificationTask
@@ -87,7 +88,7 @@ def test_a_ramp_and_a_network_that_has_been_trained(tmp_path):
 def test_mistakes(tmp_path):
     with pytest.raises(ValueError, match="strength=-1 must not be negative"):
         Sparsity(strength=-1)
-    with pytest.raises(ValueError, match="leaves no batch norm"):
+    with pytest.raises(MisconfigurationException, match="leaves no batch norm"):
         fit(task(), Sparsity(exclude=["*"]), default_root_dir=tmp_path)
 
 

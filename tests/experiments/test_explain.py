@@ -54,5 +54,8 @@ def test_mistakes(runs, monkeypatch, capsys):
     assert "has no image" in capsys.readouterr().err
     assert main(["explain", "--ckpt_path=last", "--name=slim", "--layer=layer1.0.conv3"]) == 2
     assert "'layer1.0.conv3'; did you mean 'layer1.0.conv2'" in capsys.readouterr().err
+    for option in ("--images=0", "--shown=-1"):
+        assert main(["explain", "--ckpt_path=last", "--name=slim", option]) == 2
+        assert f"{option}: at least one image is needed" in capsys.readouterr().err
     assert main(["explain", "--ckpt_path=nowhere.ckpt"]) == 2
     assert "no file 'nowhere.ckpt'" in capsys.readouterr().err
