@@ -33,12 +33,14 @@ from PIL import Image
 
 from slimconv_lit.analysis.latency import machine
 from slimconv_lit.cli import main as command_line
-from slimconv_lit.config_files import checkpoint_config
+from slimconv_lit.config_files import checkpoint_config, load_config
 from slimconv_lit.data import COCO2014DataModule, VOC2007DataModule
 from slimconv_lit.data.cifar100 import CIFARImages
 from slimconv_lit.data.files import DataError, EncodedImage, inspect_image, read_image
 from slimconv_lit.data.sbd import write_sbd_masks
+from slimconv_lit.experiments.slimming import read_options
 from slimconv_lit.experiments.sweep_file import read_sweep
+from slimconv_lit.usage import UsageError
 
 CORPUS = Path(__file__).parent.parent / "tests" / "fuzz_corpus"
 COUNTED = ("inputs", "bytes", "read", "failures")
@@ -137,6 +139,11 @@ def _sweep(content: bytes) -> object:
     return [sweep.arguments(point) for point in sweep.points(5)]
 
 
+def _prune_section(content: bytes) -> object:
+    Path("a.yaml").write_bytes(content)
+    return read_options(load_config(Path("a.yaml")), {})
+
+
 def _typed(words: Sequence[str]) -> object:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
         status = command_line(words)
@@ -176,6 +183,7 @@ READERS = {
     # The verbs make them one line and exit status 2.
     "checkpoint": Reader(_checkpoint, clean=(ValueError,)),
     "sweep_file": Reader(_sweep, clean=(ValueError,)),
+    "prune_section": Reader(_prune_section, clean=(ValueError, FileNotFoundError, UsageError)),
     "config": Reader(_config, clean=()),
     "command_line": Reader(_cli, clean=()),
 }

@@ -1,15 +1,17 @@
 """What constructors ask of the numbers that they are given."""
 
+import math
+
 
 def at_least(least: float, **values: float | None) -> None:
-    """Refuses numbers that are too small; None passes.
+    """Refuses numbers that are too small or infinite; None passes.
 
     Raises:
-        ValueError: For the first that is less than `least`, or not a number; it names the argument.
+        ValueError: For the first that is less than `least`, infinite or not a number; it names the argument.
     """
     for name, value in values.items():
-        if value is not None and not value >= least:
-            raise ValueError(f"{name}={value} must be at least {least}")
+        if value is not None and not least <= value < math.inf:
+            raise ValueError(f"{name}={value} must be at least {least}" + ", and finite" * (value == math.inf))
 
 
 def from_0_to_1(**values: float | None) -> None:

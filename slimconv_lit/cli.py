@@ -72,10 +72,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (FileNotFoundError, ValueError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-    return _run(verb, rest)
+    from slimconv_lit.trust import allow_imports
+
+    try:
+        rest = allow_imports(rest)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return run_verb(verb, rest)
 
 
-def _run(verb: str, argv: list[str]) -> int:
+def run_verb(verb: str, argv: list[str]) -> int:
+    """Runs a verb as `main` does, and lets no package in, whatever `argv` says: a part of it may be from a file."""
     from slimconv_lit.faults import RunError
     from slimconv_lit.usage import UsageError
 

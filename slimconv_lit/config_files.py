@@ -2,6 +2,7 @@
 
 A file may start from others: `base: other.yaml` (or a list of them) at its top, or inside `data:`, `model:` or
 `trainer:`, is read first, and the file then states only what differs. `data: other.yaml` is short for the whole part.
+`callbacks+:` adds to a list of theirs.
 Paths count from the file that names them.
 """
 
@@ -18,14 +19,16 @@ from jsonargparse import get_loader
 
 from slimconv_lit.checkpoint_files import read_checkpoint
 from slimconv_lit.lookup import find_checkpoint, find_config
+from slimconv_lit.plain import check_nesting, check_plain
 
 Config: TypeAlias = dict[str, Any]
 
 PARTS = ("data", "model", "trainer")
+# Of a checkpoint, what a fit goes on from; that of a network which was pruned behind its training has none.
+_RESUMED = {"loops", "optimizer_states", "lr_schedulers"}
 
 
-# Far more than a configuration needs, and less than what fills the memory or, nested, the stack of libyaml.
-_MOST_BYTES, _MOST_VALUES, _MOST_TEXT, _MOST_NESTED, _MOST_BASES = 2**20, 100_000, 10_000, 50, 8
+_MOST_BYTES, _MOST_BASES = 2**20, 8
 
 
 def read_yaml(path: Path, load: Callable[[str], Any]) -> dict[str, Any]:
@@ -38,36 +41,14 @@ def read_yaml(path: Path, load: Callable[[str], Any]) -> dict[str, Any]:
         if path.stat().st_size > _MOST_BYTES:
             raise ValueError(f"it has more than {_MOST_BYTES:,} bytes")
         text = path.read_text(encoding="utf-8")
-        depth = 0
-        for event in yaml.parse(text):
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > _MOST_NESTED:
-                raise ValueError(f"its lists and mappings are more than {_MOST_NESTED} deep")
+        check_nesting(text)
         values = load(text)
-        # A few lines of aliases of aliases stand for billions of values.
-        if _count(values, _MOST_VALUES) > _MOST_VALUES:
-            raise ValueError(f"it stands for more than {_MOST_VALUES:,} values")
+        check_plain(values)
     except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path}: not YAML that can be used: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected `key: value` lines, found {type(values).__name__}")
     return values
-
-
-def _count(values: Any, most: int) -> int:
-    """How many values are in mappings and lists, at any depth; not counted on where there are more than `most`."""
-    if isinstance(values, str) and len(values) > _MOST_TEXT:
-        # It may be parsed in its turn.
-        raise ValueError(f"a text has more than {_MOST_TEXT:,} characters")
-    total = 1
-    inner = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
-    for key, value in inner:
-        if isinstance(values, dict) and not isinstance(key, str):
-            raise ValueError(f"the key {str(key)[:40]!r} is not a text")
-        total += _count(value, most - total)
-        if total > most:
-            break
-    return total
 
 
 def load_config(path: Path, by: Sequence[Path] = ()) -> Config:
@@ -112,10 +93,21 @@ def _load_named(name: object, by: Sequence[Path]) -> Config:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Config:
-    """`base` with `over` laid on top, key by key; a class inherits no arguments from another that it replaces."""
+    """`base` with `over` laid on top, key by key; a class inherits no arguments from another that it replaces.
+
+    `callbacks+` adds its list to that of `callbacks`; where there is none yet, it waits for one further below, and the
+    parser takes what is left.
+    """
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
+        longer = next(
+            (k for k in (key.removesuffix("+"), key) if key[-1:] == "+" and isinstance(merged.get(k), list)), ""
+        )
+        if longer and isinstance(value, list):
+            merged[longer] = [*merged[longer], *value]
+            continue
+        merged.pop(f"{key}+", None)
         if isinstance(old, Mapping) and isinstance(value, Mapping) and _same_class(old, value):
             merged[key] = merge(old, value)
         else:
@@ -137,12 +129,10 @@ def checkpoint_config(path: Path) -> Config:
     checkpoint = read_checkpoint(path)
     config: Config = {}
     for part, key in (("model", "hyper_parameters"), ("data", "datamodule_hyper_parameters")):
-        init_args, class_paths = checkpoint.get(key) or {}, checkpoint.get("class_paths") or {}
-        if not (isinstance(init_args, Mapping) and isinstance(class_paths, Mapping)):
-            raise ValueError(f"{path} is not a checkpoint of `fit`: what it says under {key!r} is no mapping")
-        init_args = dict(init_args)
+        init_args = dict(checkpoint.get(key) or {})
+        # Lightning's newer releases alone look at it before they call what it names.
         init_args.pop("_instantiator", None)
-        noted = class_paths.get(part)
+        noted = (checkpoint.get("class_paths") or {}).get(part)
         if class_path := init_args.pop("_class_path", noted):
             config[part] = {"class_path": class_path, "init_args": init_args}
     return config
@@ -194,7 +184,11 @@ def compose(verb: str, argv: Sequence[str]) -> list[str]:
         goes_on = verb == "fit" and not paths
         config = merge(recipe_of(checkpoint) if goes_on else checkpoint_config(checkpoint), config)
         name = name or (run.parent.name if checkpoint.parent.name == "checkpoints" else None)
-        rest.append(f"--ckpt_path={checkpoint}")
+        if verb == "fit" and not read_checkpoint(checkpoint).keys() >= _RESUMED:
+            print(f"{checkpoint} holds a network and nothing to go on from; a new fit starts from its weights")
+            rest.insert(0, f"--model.init_args.weights={checkpoint}")
+        else:
+            rest.append(f"--ckpt_path={checkpoint}")
     elif verb != "fit" and not _starts_from_weights(config, rest):
         raise ValueError(f"{verb} needs --ckpt_path: a file, or `last` or `best` for that of the newest run")
     return ["--config", json.dumps(config), *rest, f"--name={name or verb}", f"--run_root={root}"]

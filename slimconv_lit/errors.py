@@ -79,7 +79,8 @@ def _explain_key(key: str, part: str, named: Collection[str], options: Collectio
     if elsewhere := _places(name, options):
         return f"{typed!r} is not accepted; did you mean {' or '.join(map(repr, elsewhere))}?"
     if not family:
-        return f"{typed!r} is not accepted; {closest(full, [o for o in options if o.startswith(f'{head}.')])}"
+        inside = [option for option in options if option.startswith(f"{head}.")]
+        return f"{typed!r} is not accepted; {closest(full, inside) if inside else '`--help` lists what is'}"
     chosen = [cls for cls in family if cls.__name__ in named] or family
     hint = _near(name, {argument for cls in chosen for argument in _arguments(cls)})
     return f"{typed!r} is not accepted; {hint or '`--help` lists what is'}"

@@ -31,3 +31,20 @@ def explain_fault(error: BaseException, batch: str) -> str | None:
             "it), the size of the images, or --data.num_workers"
         )
     return None
+
+
+_CHECKS: dict[type[BaseException], str] = {
+    ValueError: "pytorch_lightning.loops.fit_loop",
+    RuntimeError: "pytorch_lightning.callbacks.early_stopping",
+}
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether an error of a plain kind is from Lightning's own check of an option, made with the data at hand.
+
+    Everywhere else these kinds mean a mistake in a program, also in what such a check calls.
+    """
+    frame = error.__traceback__
+    while frame and frame.tb_next:
+        frame = frame.tb_next
+    return frame is not None and frame.tb_frame.f_globals.get("__name__") == _CHECKS.get(type(error))

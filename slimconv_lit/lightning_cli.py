@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -39,8 +40,9 @@ from slimconv_lit.checkpoint_files import read_checkpoint
 from slimconv_lit.config_files import Config, compose
 from slimconv_lit.data import BaseDataModule
 from slimconv_lit.distributed import FSDP2, check_devices, launched
+from slimconv_lit.durable import write_whole
 from slimconv_lit.errors import Parser, explain
-from slimconv_lit.faults import RunError, explain_fault
+from slimconv_lit.faults import RunError, explain_fault, is_refusal
 from slimconv_lit.memory import keep_memory
 from slimconv_lit.ops.reconstruct import Kernel, use_kernel
 from slimconv_lit.preemption import PreemptibleTrainer
@@ -160,6 +162,9 @@ class SlimCLI(LightningCLI):
             UsageError: With the accepted name that is closest to a wrong one.
         """
         assert isinstance(args, list)
+        linked = re.compile(rf"--model\.(init_args\.)?({'|'.join(_LINKS)})(=|$)")
+        if typed := next(filter(linked.match, args), None):
+            raise UsageError(f"{typed.partition('=')[0]} is not to be set: the data say it")
         try:
             self.config = parser.parse_args(args)
         except UsageError as error:
@@ -223,7 +228,9 @@ class SlimCLI(LightningCLI):
         """Prunes the network as the checkpoint's was: Lightning would do it when callbacks have copied the network."""
         try:
             self.model.on_load_checkpoint(read_checkpoint(Path(path)))
-        except ValueError as error:
+        except (ValueError, RuntimeError, TypeError) as error:
+            if os.environ.get("JSONARGPARSE_DEBUG"):
+                raise
             raise UsageError(f"{path}: {error}") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -235,8 +242,8 @@ class SlimCLI(LightningCLI):
         if trainer["devices"] == "auto" and trainer["num_nodes"] == 1:
             kwargs |= launched()
         if not trainer["fast_dev_run"]:
-            path = self._open_folder(own)
-            self.run_folder = RunFolder(path, self.full_config())
+            path, new = self._open_folder(own)
+            self.run_folder = RunFolder(path, self.full_config(), new)
             callbacks = self._own_callbacks(callbacks) + callbacks
             if trainer["logger"] in (None, True):
                 # A prediction logs nothing.
@@ -251,19 +258,18 @@ class SlimCLI(LightningCLI):
             plugins.append(DurableIO())
         return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
 
-    def _open_folder(self, own: Mapping[str, Any]) -> Path:
-        """The folder of this run: that of the one that goes on, or a new one.
+    def _open_folder(self, own: Mapping[str, Any]) -> tuple[Path, bool]:
+        """The folder of this run, and whether it is new: not where it is that of a run that goes on.
 
         Raises:
             UsageError: If it cannot be written to, or another process is writing into it.
         """
         home, last = Path(own["run_root"], own["name"] or self.verb), Path(own.get("ckpt_path") or "").resolve()
         goes_on = self.verb == "fit" and last.match("checkpoints/last.ckpt")
+        goes_on = goes_on and last.parent.parent.parent == home.resolve()
         try:
-            if goes_on and last.parent.parent.parent == home.resolve():
-                path = home / last.parent.parent.name
-            else:
-                path = new_run_folder(home.parent, home.name, self.purpose)
+            old = home / last.parent.parent.name
+            path = old if goes_on else new_run_folder(home.parent, home.name, self.purpose)
             # The other processes of a distributed run write nothing.
             if self.verb == "fit" and not rank_zero_only.rank:  # type: ignore[attr-defined]
                 self.lock = Lock(path)
@@ -271,7 +277,7 @@ class SlimCLI(LightningCLI):
             raise UsageError(f"{error}; wait for its end, or begin a new run there with another --name") from error
         except OSError as error:
             raise UsageError(f"--run_root={own['run_root']}: cannot write into {home}: {error.strerror}") from error
-        return path
+        return path, not goes_on
 
     def _own_callbacks(self, given: Sequence[Callback]) -> list[Callback]:
         assert self.run_folder
@@ -306,6 +312,7 @@ class SlimCLI(LightningCLI):
         """Runs the verb.
 
         Raises:
+            UsageError: If an option turns out to be wrong once the data have been read.
             RunError: If memory has run out or a process that loads images has died; it says what to lower.
             SystemExit: If the process was told to end (SIGTERM): a fit has saved last.ckpt, and the status is 143. Or
                 if it was interrupted (Ctrl-C, SIGINT): the status is 130.
@@ -321,10 +328,14 @@ class SlimCLI(LightningCLI):
                 raise
             self._tell_how_to_go_on("interrupted")
             raise SystemExit(INTERRUPTED) from None
-        except (RuntimeError, MemoryError) as error:
-            if not (told := explain_fault(error, self._batch())) or os.environ.get("JSONARGPARSE_DEBUG"):
+        except (RuntimeError, MemoryError, ValueError, MisconfigurationException) as error:
+            if os.environ.get("JSONARGPARSE_DEBUG"):
                 raise
-            raise RunError(told) from error
+            if isinstance(error, MisconfigurationException) or is_refusal(error):
+                raise UsageError(" ".join(str(error).split())[:500]) from error
+            if told := explain_fault(error, self._batch()):
+                raise RunError(told) from error
+            raise
 
     def _tell_how_to_go_on(self, what: str) -> None:
         last = self.run_folder and self.run_folder.path / "checkpoints" / "last.ckpt"
@@ -383,7 +394,7 @@ class SlimCLI(LightningCLI):
         }
         if self.trainer.is_global_zero:
             if self.run_folder:
-                (self.run_folder.path / "results.json").write_text(json.dumps(self.results, indent=2) + "\n")
+                write_whole(self.run_folder.path / "results.json", json.dumps(self.results, indent=2) + "\n")
             print(f"\n{results_table([self.results], self.model.monitor)}\n")
 
 

@@ -34,6 +34,9 @@ ALLOWED = (
 
 OPTION = "--allow-import"
 
+let_in: list[str] = []
+"""What the command line has allowed besides; a process that is started for a part of the work is told."""
+
 set_parsing_settings(
     import_path_denylist=["*"], import_path_allowlist=list(ALLOWED), instantiate_subclass_spec_in_any=False
 )
@@ -45,19 +48,31 @@ if "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD" not in os.environ:
 def allow_imports(words: Sequence[str]) -> list[str]:
     """Follows each `--allow-import NAME` of a command line, until the process ends, and returns the other words.
 
-    It stands on the command line alone: a file that could say it would let itself in.
+    `cli.main` alone calls it, with what was typed, and no parser knows the option: whatever a verb puts together from
+    files and hands to a parser, a file that says it lets nothing in.
 
     Raises:
         ValueError: If a name is missing, or cannot be one of a package.
     """
     names: list[str] = []
     others = list(_without_names(words, names))
-    if names:
-        try:
-            set_parsing_settings(import_path_allowlist=names)
-        except ValueError as error:
-            raise ValueError(f"nothing of {', '.join(names)} can be allowed: {error}") from error
+    allow(names)
     return others
+
+
+def allow(names: Sequence[str]) -> None:
+    """Lets packages in, until the process ends.
+
+    Raises:
+        ValueError: If one cannot be the name of a package.
+    """
+    if not names:
+        return
+    try:
+        set_parsing_settings(import_path_allowlist=list(names))
+    except ValueError as error:
+        raise ValueError(f"nothing of {', '.join(names)} can be allowed: {error}") from error
+    let_in.extend(names)
 
 
 def asks_for_imports(word: str) -> bool:

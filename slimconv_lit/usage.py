@@ -1,11 +1,10 @@
 """Mistakes on a command line, and parsers that raise them; light, so that the tool verbs need not load Lightning."""
 
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from jsonargparse import ArgumentParser
 
-from slimconv_lit.trust import allow_imports
+import slimconv_lit.trust  # noqa: F401  (no parser without its switches)
 
 
 class UsageError(Exception):
@@ -14,18 +13,6 @@ class UsageError(Exception):
 
 class RaisingParser(ArgumentParser):
     """A parser that raises its mistakes, so that they can be explained with all that is known of the command line."""
-
-    def parse_args(self, args: Sequence[str] | None = None, *more: Any, **own: Any) -> Any:  # type: ignore[override]
-        """Parses `args`, in which `--allow-import NAME` may stand anywhere.
-
-        Raises:
-            UsageError: If they are wrong.
-        """
-        try:
-            words = None if args is None else allow_imports(args)
-        except ValueError as error:
-            raise UsageError(str(error)) from error
-        return super().parse_args(words, *more, **own)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises `UsageError`."""

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from benchmarks.fuzz import READERS, answer, inputs_of, mutate
 
 # Each goes through the whole parser of a verb.
-SLOW = {"config": 20, "command_line": 20}
+SLOW = {"config": 20, "command_line": 20, "prune_section": 50}
 
 
 @pytest.fixture(scope="module", params=READERS)

@@ -18,6 +18,7 @@ CLI = {
     "config_files",
     "errors",
     "lightning_cli",
+    "plain",
     "preemption",
     "quiet",
     "results",

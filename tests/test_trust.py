@@ -6,9 +6,13 @@ import os
 import pytest
 import torch
 import yaml
+from pytorch_lightning.core import saving
 
-from slimconv_lit.cli import main
+from slimconv_lit import ClassificationTask
+from slimconv_lit.cli import main, run_verb
+from slimconv_lit.lookup import CONFIGS as SHIPPED
 
+QUICKSTART = SHIPPED / "quickstart.yaml"
 FIT = ["fit", "--config=quickstart.yaml", "--config=x.yaml", "--print_config"]
 
 
@@ -51,7 +55,7 @@ def refused(words, capsys, *said):
         ["explain", "--ckpt_path=evil.ckpt"],
         ["export", "--ckpt_path=evil.ckpt"],
         ["benchmark", "evil.ckpt"],
-        ["compare", "evil_run", "--rounds=1"],
+        ["compare", "evil_run", "--rounds=2"],
     ],
     ids=" ".join,
 )
@@ -70,6 +74,10 @@ def test_libraries_cannot_unpickle_either(in_tmp):
         torch.hub.load_state_dict_from_url("http://localhost/x.pth", model_dir=".", weights_only=False)
     assert not os.path.exists("ran")
 
+
+# A few lines that stand for billions of values.
+ALIASES = ["a0: &a0 [x, x]", *(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9))]
+BOMB = "{" + ", ".join(ALIASES) + "}"
 
 BACK = {"class_path": "evil.Back"}
 CONFIGS = {
@@ -147,7 +155,46 @@ def test_a_checkpoint_names_classes_of_known_packages_alone(carried, evil, capsy
     paths = {"model": "slimconv_lit.tasks.ClassificationTask", "data": "slimconv_lit.data.DigitsDataModule"}
     torch.save({"class_paths": paths, "state_dict": {}} | carried, "run/checkpoints/last.ckpt")
     refused(["test", "--ckpt_path=run/checkpoints/last.ckpt"], capsys)
-    refused(["compare", "run", "--rounds=1"], capsys)
+    refused(["compare", "run", "--rounds=2"], capsys)
+
+
+def test_what_a_checkpoint_names_as_its_maker_is_not_called(evil, monkeypatch, capsys):
+    # As Lightning was up to 2.6.5, where it is called whatever it is.
+    monkeypatch.setattr(saving, "_ALLOWED_INSTANTIATORS", {"evil.build"})
+    (evil / "run" / "checkpoints").mkdir(parents=True)
+    (evil / "run" / "config.yaml").write_text("name: x")
+    task = ClassificationTask("cifar_resnet20", num_classes=10, in_channels=1)
+    paths = {"model": "slimconv_lit.tasks.ClassificationTask", "data": "slimconv_lit.data.DigitsDataModule"}
+    held = {"class_paths": paths, "state_dict": task.state_dict()}
+    torch.save(
+        held | {"hyper_parameters": dict(task.hparams) | {"_instantiator": "evil.build"}}, "run/checkpoints/last.ckpt"
+    )
+    assert main(["compare", "run", "--rounds=2"]) == 0
+    assert not os.path.exists("ran")
+
+
+ODD = {
+    "no weights": ({"state_dict": None}, "'state_dict'"),
+    "a number as weights": ({"state_dict": {"a": 3}}, "'state_dict': 'a' is a int"),
+    "plans": ({"pruned": 3}, "'pruned' is no mapping"),
+    "a plan": ({"pruned": {"": 3}}, "'pruned': '' is a int"),
+    "sums": ({"train_means": 3}, "'train_means' is no mapping"),
+    "a sum": ({"train_means": {"images": torch.ones(1)}}, "'totals' and 'images'"),
+    "sums of another shape": ({"train_means": {"images": torch.ones(1), "totals": torch.ones(1, 9)}}, "x.ckpt"),
+    "a tensor": ({"hyper_parameters": {"backbone": "cifar_resnet20", "lr": torch.ones(2)}}, "a Tensor is no number"),
+    "bombs": ({"hyper_parameters": {"backbone": BOMB}}, "aliases"),
+    "classes": ({"class_paths": [1]}, "'class_paths' is no mapping"),
+}
+
+
+@pytest.mark.parametrize(("content", "said"), ODD.values(), ids=ODD)
+def test_checkpoints_with_something_else_in_them(content, said, in_tmp, capsys):
+    task = ClassificationTask("cifar_resnet20", num_classes=10, in_channels=1)
+    paths = {"model": "slimconv_lit.tasks.ClassificationTask", "data": "slimconv_lit.data.DigitsDataModule"}
+    whole = {"class_paths": paths, "state_dict": task.state_dict(), "hyper_parameters": dict(task.hparams)} | content
+    torch.save({key: value for key, value in whole.items() if value is not None}, "x.ckpt")
+    for verb in ("test", "explain", "export"):
+        refused([verb, "--ckpt_path=x.ckpt"], capsys, said)
 
 
 def test_a_sweep_cannot_allow_itself(evil, capsys):
@@ -170,6 +217,27 @@ def test_a_sweep_cannot_allow_itself(evil, capsys):
     assert not os.path.exists("ran")
 
 
+@pytest.mark.parametrize("key", ["allow-import", "allow_import", "ratio=0.3 --allow-import", "config", "print_config"])
+def test_the_section_of_prune_cannot_allow_itself(key, evil, capsys):
+    config = {"base": str(QUICKSTART), "trainer": {"callbacks": [BACK]}, "prune": {"ratio": 0.3, key: "evil"}}
+    (evil / "x.yaml").write_text(yaml.safe_dump(config))
+    refused(["prune", "--config=x.yaml"], capsys, f"`prune:` has no {key!r}")
+    # As it comes with a folder that was downloaded.
+    (evil / "run" / "checkpoints").mkdir(parents=True)
+    (evil / "x.yaml").rename(evil / "run" / "config.yaml")
+    torch.save({"state_dict": {}}, "run/checkpoints/last.ckpt")
+    refused(["prune", "--ckpt_path=run/checkpoints/last.ckpt"], capsys, f"`prune:` has no {key!r}")
+
+
+def test_no_parser_knows_the_option(evil, capsys):
+    (evil / "x.yaml").write_text(yaml.safe_dump(CONFIGS["a callback"]))
+    # Words that a verb has put together, as a sweep does from its file.
+    assert run_verb("fit", [*FIT[1:], "--allow-import=evil"]) == 2
+    assert run_verb("profile", ["cifar_resnet20", "--operator=evil.Op", "--allow-import=evil"]) == 2
+    assert capsys.readouterr().err.count("error: ") == 2
+    assert not os.path.exists("ran")
+
+
 def test_what_is_typed_follows_the_same_rule(evil, capsys):
     refused(["profile", "cifar_resnet20", "--operator=evil.Op"], capsys, "--allow-import evil")
     refused(["fit", "--config=quickstart.yaml", "--trainer.callbacks=evil.Back"], capsys, "--allow-import evil")
@@ -178,7 +246,7 @@ def test_what_is_typed_follows_the_same_rule(evil, capsys):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("a: &a [*a]", "recursion"),
+        ("a: &a [*a]", "deep"),
         ("- " * 60, "50 deep"),
         ("a: " + "[" * 400_000, "50 deep"),
         ("a: '" + "[" * 20_000 + "'", "10,000 characters"),
@@ -187,11 +255,10 @@ def test_what_is_typed_follows_the_same_rule(evil, capsys):
         ("base: [{}]", "`base` is the name of a file"),
         ("model: [1]", "subclass of BaseTask"),
         ("name: [1]", "name"),
-        (
-            "a0: &a0 [x, x]\n" + "\n".join(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9)),
-            "100,000",
-        ),
+        ("\n".join(ALIASES), "100,000"),
         ("? [1]\n: 2", "x.yaml"),
+        (yaml.safe_dump({"model": {"init_args": {"backbone_options": BOMB}}}), "aliases"),
+        (yaml.safe_dump({"trainer": {"logger": json.dumps({"a": BOMB}).replace("&", "\\u0026")}}), "aliases"),
         ("a: \ud800".encode("utf-8", "surrogatepass"), "x.yaml"),
     ],
     ids=lambda value: str(value)[:20],

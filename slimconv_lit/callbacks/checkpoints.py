@@ -1,8 +1,8 @@
 """Checkpoints from which a run that was killed at any moment goes on exactly."""
 
-import os
 import random
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
+from slimconv_lit.durable import write_whole
 from slimconv_lit.faults import RunError
 
 
@@ -25,25 +26,10 @@ class DurableIO(TorchCheckpointIO):
         Raises:
             RunError: If the disk is full or cannot be written to; what lay at `path` is as it was.
         """
-        path = Path(path)
-        # One name: what a killed process has left is overwritten by the next.
-        partial = path.with_name(f"{path.name}.partial")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
+            write_whole(Path(path), partial(torch.save, checkpoint))
         except (OSError, RuntimeError) as error:
-            partial.unlink(missing_ok=True)
-            raise RunError(_unwritten(path, error)) from error
-        # The new name is in the folder, which is a file of its own.
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+            raise RunError(_unwritten(Path(path), error)) from error
 
 
 def _unwritten(path: Path, error: Exception) -> str:

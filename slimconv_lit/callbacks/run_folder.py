@@ -9,7 +9,6 @@ its folder; what metrics.csv has from after that checkpoint is dropped, so it is
 import contextlib
 import errno
 import os
-import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -25,6 +24,7 @@ from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_only
 
 from slimconv_lit.callbacks.loggers import MetricsFile
+from slimconv_lit.durable import write_whole
 
 if sys.platform != "win32":
     import fcntl
@@ -62,8 +62,7 @@ class Lock:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._path = folder / ".lock"
-        self._file = self._path.open("a+")
+        self._file = (folder / ".lock").open("a+")
         if sys.platform == "win32":
             return
         try:
@@ -79,8 +78,7 @@ class Lock:
         self._file.flush()
 
     def release(self) -> None:
-        """Lets others in."""
-        self._path.unlink(missing_ok=True)
+        """Lets others in. The file stays: who waits for one that is gone and who makes a new one would both hold it."""
         self._file.close()
 
 
@@ -105,10 +103,12 @@ class RunFolder(Callback):
     Args:
         path: The run's folder, from `new_run_folder`, or that of the run that goes on.
         config: The whole configuration, as plain values.
+        new: Whether this run made the folder, and so may remove it.
     """
 
-    def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, config: Mapping[str, Any], new: bool = True) -> None:
         self.path = path
+        self.new = new
         self.config = dict(config)
         self._written = False
         self._before = 0.0
@@ -125,20 +125,26 @@ class RunFolder(Callback):
         if self._written or not trainer.is_global_zero:
             return
         self._written = True
-        (self.path / "config.yaml").write_text(yaml.safe_dump(self.config, sort_keys=False))
+        write_whole(self.path / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
         for logger in trainer.loggers:
             if not isinstance(logger, CSVLogger):
                 logger.log_hyperparams(self.config)
 
     def discard_if_empty(self) -> bool:
-        """Removes the folder of a run that failed before it had read its data; says whether it did."""
-        empty = not (self.path / "config.yaml").exists()
-        if empty and not rank_zero_only.rank:  # type: ignore[attr-defined]
-            shutil.rmtree(self.path, ignore_errors=True)
+        """Removes the folder that a run made which then failed before it had read its data; says whether it is gone.
+
+        Never a file: in the folder of a run that goes on may be all that is left of that.
+        """
+        if not self.new or (self.path / "config.yaml").exists():
+            return False
+        if not rank_zero_only.rank:  # type: ignore[attr-defined]
+            (self.path / ".lock").unlink(missing_ok=True)
             # Also the folder of runs of this name, if this was the first.
+            inside = [Path(folder) for folder, _, _ in os.walk(self.path, topdown=False)]
             with contextlib.suppress(OSError):
-                self.path.parent.rmdir()
-        return empty
+                for folder in [*inside, self.path.parent]:
+                    folder.rmdir()
+        return not self.path.exists()
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

@@ -48,6 +48,8 @@ def _compare_runs(argv: Sequence[str]) -> Path:
     own = parser.parse_args(argv)
     if Path(own.output).suffix != ".html":
         raise UsageError(f"--output: the page is an .html file, not {own.output!r}")
+    if own.rounds < 0 or own.rounds == 1:
+        raise UsageError(f"--rounds={own.rounds}: 0 for none, or at least 2, for a spread")
     runs = open_runs(own.runs, Path(own.run_root))
     # Of all tasks, for nothing keeps runs of different ones apart.
     monitors = [task.monitor for task in BaseTask.__subclasses__()]

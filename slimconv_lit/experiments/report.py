@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from slimconv_lit.analysis.latency import interleaved, machine, ratios, spread
 from slimconv_lit.checkpoint_files import read_checkpoint
-from slimconv_lit.config_files import read_yaml
+from slimconv_lit.config_files import checkpoint_config, read_yaml
 from slimconv_lit.data import BaseDataModule
 from slimconv_lit.tasks import BaseTask
 from slimconv_lit.usage import UsageError
@@ -203,9 +203,14 @@ def open_task(checkpoint: Path) -> tuple[BaseTask, tuple[int, ...]]:
         UsageError: If classes of another package made it.
     """
     try:
-        paths = read_checkpoint(checkpoint)["class_paths"]
-        classes = [_own_class(str(paths[part]), kind) for part, kind in (("model", BaseTask), ("data", BaseDataModule))]
-        task, data = (cls.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True) for cls in classes)
+        held, carried = read_checkpoint(checkpoint), checkpoint_config(checkpoint)
+        # Not by Lightning's `load_from_checkpoint`, which would call what a checkpoint names as its maker.
+        task, data = (
+            _own_class(str(held["class_paths"][part]), kind)(**carried[part]["init_args"])
+            for part, kind in (("model", BaseTask), ("data", BaseDataModule))
+        )
+        task.on_load_checkpoint(held)
+        task.load_state_dict(held["state_dict"])
     except (ImportError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UsageError(f"{checkpoint} cannot be opened: {' '.join(str(error).split())[:300]}") from error
     return task, data.input_size

@@ -24,11 +24,14 @@ from matplotlib.figure import Figure
 
 from slimconv_lit.analysis.complexity import macs, params
 from slimconv_lit.analysis.latency import interleaved, machine, ratios, spread
+from slimconv_lit.callbacks.checkpoints import DurableIO
+from slimconv_lit.callbacks.run_folder import Lock
 from slimconv_lit.config_files import Config, load_config, merge, recipe_of
+from slimconv_lit.durable import write_whole
 from slimconv_lit.errors import explain
 from slimconv_lit.experiments.report import open_task
 from slimconv_lit.lightning_cli import build_fit, open_checkpoint, run
-from slimconv_lit.lookup import PRUNING, find_checkpoint, find_config
+from slimconv_lit.lookup import PRUNING, closest, find_checkpoint, find_config
 from slimconv_lit.surgery import PruneReport, plans_of, prune
 from slimconv_lit.surgery.classes import Streams
 from slimconv_lit.tables import format_table
@@ -105,7 +108,8 @@ def slimming(argv: Sequence[str]) -> Path:
             recipe = merge(recipe, load_config(find_config(own.config, PRUNING)))
     except (FileNotFoundError, ValueError) as error:
         raise UsageError(str(error)) from error
-    options = _options(recipe.pop("prune", {}), own)
+    typed = {f.name: getattr(own, f.name, None) for f in fields(Slimming)}
+    options = read_options(recipe.pop("prune", {}), {name: value for name, value in typed.items() if value is not None})
     stem = Path(own.config).stem if own.config else checkpoint.parent.parent.parent.name if checkpoint else ""
     folder = root / (own.name or f"{stem}-prune")
     return _Loop(options, recipe, fit_options, folder).go(checkpoint)
@@ -136,18 +140,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _options(section: object, given: argparse.Namespace) -> Slimming:
+def read_options(section: object, typed: Mapping[str, str]) -> Slimming:
+    """What a section `prune:` says, and over it the command line.
+
+    Raises:
+        UsageError: If there is something in the section that `Slimming` does not know, or out of range.
+    """
     if not isinstance(section, dict):
         raise UsageError(f"the config's section `prune:` must be a mapping, it is {section!r}")
-    typed = {f.name: getattr(given, f.name, None) for f in fields(Slimming)}
-    values = section | {name: value for name, value in typed.items() if value is not None}
+    names = [f.name for f in fields(Slimming)]
+    if unknown := next((key for key in section if key not in names), None):
+        raise UsageError(f"the config's section `prune:` has no {unknown!r}; {closest(unknown, names)}")
     parser = RaisingParser(prog="prune")
     parser.add_class_arguments(Slimming)
-    words = [f"--{name}={v if isinstance(v, str) else json.dumps(v)}" for name, v in values.items()]
     try:
-        return Slimming(**parser.parse_args(words).as_dict())
+        # Values, never words: a word from a file could be any option.
+        return Slimming(**parser.parse_object({**section, **typed}).as_dict())
     except (UsageError, ValueError) as error:
-        raise UsageError(f"prune: {explain(str(error), [f.name for f in fields(Slimming)], words)}") from error
+        raise UsageError(f"prune: {explain(str(error), names)}") from error
 
 
 # Its checkpoint, what that network scores and costs, and the same of the network before, if the stage pruned it.
@@ -184,7 +194,19 @@ class _Loop:
         if checkpoint is None:
             self._rehearse()
         self.folder.mkdir(parents=True, exist_ok=True)
-        weights = str(checkpoint) if checkpoint else None
+        try:
+            lock = Lock(self.folder)
+        except BlockingIOError as error:
+            raise UsageError(f"{error}; wait for its end, or say another --name") from error
+        try:
+            self._run_stages(str(checkpoint) if checkpoint else None)
+            self._finish()
+        finally:
+            lock.release()
+        return self.folder
+
+    def _run_stages(self, weights: str | None) -> None:
+        given = weights is not None
         if self.options.dense:
             dense = self._train("0-dense", {}, None, best=True)
             self._note("dense", dense.after, dense.checkpoint)
@@ -194,13 +216,11 @@ class _Loop:
             pruned = self._stage(f"{number}-prune", {"options": self._how_to_prune()}, weights, self._prune)
             assert pruned.before is not None
             assert weights is not None
-            self._note("given" if number == 1 and checkpoint else f"{number} sparse", pruned.before, weights)
+            self._note("given" if number == 1 and given else f"{number} sparse", pruned.before, weights)
             self._note(f"{number} pruned", pruned.after, pruned.checkpoint)
             finetuned = self._train(f"{number}-finetune", self.options.finetune, pruned.checkpoint, best=True)
             self._note(f"{number} fine-tuned", finetuned.after, finetuned.checkpoint)
             weights = finetuned.checkpoint
-        self._finish()
-        return self.folder
 
     # ---- stages --------------------------------------------------------------------------------------------------
 
@@ -221,9 +241,7 @@ class _Loop:
         print(f"{name}: in {record.parent}")
         checkpoint, after, before = make(name, made_from, weights)
         done = _Stage(own, str(checkpoint), after, before)
-        partial_file = record.with_suffix(".partial")
-        partial_file.write_text(json.dumps(vars(done), indent=2) + "\n")
-        partial_file.replace(record)
+        write_whole(record, json.dumps(vars(done), indent=2) + "\n")
         return done
 
     def _train(self, name: str, changes: Config, weights: str | None, best: bool = False) -> _Stage:
@@ -263,11 +281,13 @@ class _Loop:
             raise UsageError(f"{weights}: {error}") from error
         folder = cli.run_folder.path
         (folder / "pictures").mkdir(exist_ok=True)
+        # What trained this network, and not how it was opened, is what its checkpoint goes on with.
+        recipe = self._without_penalty(recipe_of(Path(weights)))
+        write_whole(folder / "config.yaml", yaml.safe_dump(recipe, sort_keys=False))
         (folder / "pruned.txt").write_text(f"{report}\n")
         draw_widths(report).savefig(folder / "pictures" / "widths.png")
         print(str(report).splitlines()[-1])
         target = folder / "checkpoints" / "pruned.ckpt"
-        target.parent.mkdir(exist_ok=True)
         _save_pruned(Path(weights), cli.model, target)
         return target, tested(), before
 
@@ -302,7 +322,8 @@ class _Loop:
 
     @staticmethod
     def _without_penalty(recipe: Config) -> Config:
-        callbacks = recipe.get("trainer", {}).get("callbacks") or []
+        trainer = recipe.get("trainer", {})
+        callbacks = [*(trainer.get("callbacks") or []), *(trainer.get("callbacks+") or [])]
         kept = [c for c in callbacks if not str(c.get("class_path", "")).endswith("Sparsity")]
         return merge(recipe, {"trainer": {"callbacks": kept}})
 
@@ -353,9 +374,7 @@ def _save_pruned(trained: Path, task: Any, target: Path) -> None:
     unfit = {"optimizer_states", "lr_schedulers", "callbacks", "loops", "MixedPrecision"}
     kept = {key: value for key, value in held.items() if key not in unfit and not key.startswith("averaging")}
     kept |= {"state_dict": task.state_dict(), "pruned": plans_of(task.model)}
-    partial_file = target.with_suffix(".partial")
-    torch.save(kept, partial_file)
-    partial_file.replace(target)
+    DurableIO().save_checkpoint(kept, target)
 
 
 def draw_widths(report: PruneReport) -> Figure:

@@ -1,12 +1,14 @@
 """Runs a W&B sweep file without W&B: grid and random, several points at a time, going on where it was stopped.
 
 Each point is a `fit` in a process of its own. Its folder below runs/<sweep>/ keeps its output and, once it has
-finished, point.json with its command and results; a point whose point.json has the same command is not run again.
+finished, point.json with its command, results, and a hash of all that the command names; a point for which that is the
+same is not run again.
 """
 
 import argparse
 import contextlib
 import fcntl
+import hashlib
 import json
 import multiprocessing
 import os
@@ -24,10 +26,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from slimconv_lit.cli import main
+from slimconv_lit.cli import run_verb
+from slimconv_lit.config_files import compose
+from slimconv_lit.durable import write_whole
 from slimconv_lit.experiments.sweep_file import Point, Sweep, find_sweep, read_sweep
 from slimconv_lit.lightning_cli import preview
 from slimconv_lit.tables import format_table
+from slimconv_lit.trust import allow, let_in
 from slimconv_lit.usage import UsageError
 
 # Where the run came to lie and how long it took differ from one attempt to the next; the table must not.
@@ -117,7 +122,7 @@ def _run_all(
             i = futures[future]
             rows[i] = dict(points[i]) | _outcome(future.result(), plan.metric, plain)
             bar.update()
-            _replace(folder / "sweep.csv", format_table(rows, "csv") + "\n")
+            write_whole(folder / "sweep.csv", format_table(rows, "csv") + "\n")
     figure = draw_sweep(rows, plan)
     if figure is not None:
         figure.savefig(folder / "sweep.png")
@@ -134,30 +139,58 @@ def _slug(point: Point) -> str:
 def _run_point(spawner: Any, command: Sequence[str], folder: Path) -> dict[str, Any]:
     """Runs one point, unless it has been; returns what point.json holds, or {"failed": the reason}."""
     record = folder / "point.json"
-    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+    made_from = _made_from(command)
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError, AttributeError):
         known: dict[str, Any] = json.loads(record.read_text())
-        if known["command"] == list(command):
+        if made_from and known.get("made_from") == made_from:
             return known
     folder.mkdir(parents=True, exist_ok=True)
-    words = ["fit", *command, f"--run_root={folder.parent}", f"--name={folder.name}"]
-    process = spawner.Process(target=_fit, args=(words, folder / "output.txt"))
+    # Those of attempts with another recipe.
+    before = set(folder.glob("*/results.json"))
+    words = [*command, f"--run_root={folder.parent}", f"--name={folder.name}"]
+    process = spawner.Process(target=_fit, args=(words, folder / "output.txt", let_in))
     process.start()
     process.join()
-    results = sorted(folder.glob("*/results.json"))
-    if process.exitcode or not results:
+    if process.exitcode:
         return {"failed": _reason(folder / "output.txt", process.exitcode)}
-    done = {"command": list(command), "results": json.loads(results[-1].read_text())}
-    _replace(record, json.dumps(done, indent=2) + "\n")
+    results = set(folder.glob("*/results.json")) - before
+    if not results:
+        return {"failed": "it was not tested, so it has no results.json"}
+    done = {"command": list(command), "made_from": made_from, "results": json.loads(results.pop().read_text())}
+    write_whole(record, json.dumps(done, indent=2) + "\n")
     return done
 
 
-def _fit(words: Sequence[str], output: Path) -> None:
+def _made_from(command: Sequence[str]) -> str | None:
+    """A hash of a point's options with what is in the files that they name; None if one cannot be read."""
+    try:
+        words = compose("fit", command)
+    except (FileNotFoundError, ValueError):
+        return None
+    found = sha1(json.dumps(words).encode())
+    # The configurations are in the words; weights and the like are named there.
+    for text in [*_texts(json.loads(words[1])), *(word.rpartition("=")[2] for word in words)]:
+        if os.path.isfile(text):
+            with open(text, "rb") as file:
+                found.update(hashlib.file_digest(file, "sha1").digest())
+    return found.hexdigest()
+
+
+def _texts(values: Any) -> Iterator[str]:
+    if isinstance(values, str):
+        yield values
+    for value in values.values() if isinstance(values, dict) else values if isinstance(values, list) else ():
+        yield from _texts(value)
+
+
+def _fit(words: Sequence[str], output: Path, allowed: Sequence[str]) -> None:
     """What a point's process does."""
+    allow(allowed)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with output.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    sys.exit(main(words))
+    sys.exit(run_verb("fit", list(words)))
 
 
 def _end_with_parent() -> None:
@@ -184,13 +217,6 @@ def _outcome(done: Mapping[str, Any], metric: str, plain: int | None) -> dict[st
         return {"status": f"failed: no metric {metric!r} in {', '.join(results)}"}
     ratio = {"compressed %": round(100 * (1 - results["params"] / plain), 2)} if plain else {}
     return {"status": "finished", metric: results[metric]} | {k: v for k, v in results.items() if k != metric} | ratio
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes a file so that no kill leaves half of it."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    partial.replace(path)
 
 
 def draw_sweep(rows: Sequence[Mapping[str, Any]], plan: Sweep) -> Figure | None:

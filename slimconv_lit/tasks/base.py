@@ -177,9 +177,9 @@ class BaseTask(pl.LightningModule):
         at_least(0, lr=lr, momentum=momentum, weight_decay=weight_decay, gamma=gamma, warmup_epochs=warmup_epochs)
         from_0_to_1(ema_decay=ema_decay)
         if nesterov and not momentum:
-            raise ValueError("nesterov=True needs a momentum of more than 0")
-        if any(later <= sooner for sooner, later in pairwise(milestones)):
-            raise ValueError(f"milestones must rise, they are {list(milestones)}")
+            raise ValueError("nesterov=True needs a momentum above 0")
+        if any(later <= sooner for sooner, later in pairwise([0, *milestones])):
+            raise ValueError(f"milestones={list(milestones)} must rise, from above 0")
         # logger=False: the run folder hands the nested configuration to the loggers, once.
         self.save_hyperparameters(logger=False, ignore=["operator"])
         # The command line hands every task what it learns from the data; in_channels is no argument of all.

@@ -58,10 +58,28 @@ def test_another_class_does_not_inherit_arguments():
     assert merge(slim, {"operator": None}) == {"operator": None}
 
 
+def test_lists_grow_from_file_to_file(in_tmp):
+    write(
+        in_tmp,
+        one="trainer:\n  callbacks: [a]",
+        two="base: one.yaml\ntrainer:\n  callbacks+: [b]",
+        three="base: two.yaml\ntrainer:\n  callbacks+: [c, d]",
+        other="trainer:\n  callbacks: [e]",
+        more="trainer:\n  callbacks+: [f]",
+    )
+    read = {name: load_config(in_tmp / f"{name}.yaml")["trainer"] for name in ("three", "other", "more")}
+    assert read["three"] == {"callbacks": ["a", "b", "c", "d"]}
+    assert merge(read["three"], read["other"]) == {"callbacks": ["e"]}
+    assert merge(read["three"], read["more"]) == {"callbacks": ["a", "b", "c", "d", "f"]}
+    # Without a list to add to, the parser adds to its own.
+    assert merge(read["more"], read["more"]) == {"callbacks+": ["f", "f"]}
+    assert merge(read["more"], read["other"]) == {"callbacks": ["e"]}
+
+
 def test_what_a_checkpoint_carries(in_tmp):
-    torch.save({"hyper_parameters": {"_class_path": "M", "_instantiator": "x", "lr": 1}}, "x.ckpt")
+    torch.save({"state_dict": {}, "hyper_parameters": {"_class_path": "M", "_instantiator": "x", "lr": 1}}, "x.ckpt")
     assert checkpoint_config(in_tmp / "x.ckpt") == {"model": {"class_path": "M", "init_args": {"lr": 1}}}
-    torch.save({"hyper_parameters": {"lr": 1}, "class_paths": {"model": "M"}}, "y.ckpt")
+    torch.save({"state_dict": {}, "hyper_parameters": {"lr": 1}, "class_paths": {"model": "M"}}, "y.ckpt")
     assert checkpoint_config(in_tmp / "y.ckpt") == {"model": {"class_path": "M", "init_args": {"lr": 1}}}
 
 

@@ -7,6 +7,7 @@ import sys
 import pytest
 from pytorch_lightning import Trainer
 
+from slimconv_lit import ClassificationTask
 from slimconv_lit.cli import main
 from slimconv_lit.data import BaseDataModule
 from slimconv_lit.lookup import check_keys
@@ -51,6 +52,16 @@ MISTAKES = {
     "--resume=x": "did you mean '--ckpt_path'?",
     "--ckpt_path=last": "--ckpt_path last: there is no",
     "--config=quikstart.yaml": "did you mean 'quickstart.yaml'",
+    "--model.lr=-1": "error: lr=-1.0 must be at least 0\n",
+    "--model.lr=.inf": "error: lr=inf must be at least 0, and finite",
+    "--model.ema_decay=2": "ema_decay=2.0 must be from 0 to 1",
+    "--model.momentum=0 --model.nesterov=true": "nesterov=True needs a momentum above 0",
+    "--model.milestones=[3,2]": "milestones=[3.0, 2.0] must rise",
+    "--model.label_smoothing=2": "label_smoothing=2.0 must be from 0 to 1",
+    "--model.num_classes=7": "--model.num_classes is not to be set: the data say it",
+    "--data.split_seed=-1": "split_seed=-1 must be from 0 to",
+    "--data.num_workers=-1": "num_workers=-1 must be at least 0",
+    "--data.eval_batch_size=0": "eval_batch_size=0 must be at least 1",
 }
 
 
@@ -69,6 +80,7 @@ def test_mistakes_on_the_command_line(words, in_tmp, capsys):
     ("text", "answer"),
     [
         ("trainer:\n  max_epoch: 3", "'trainer.max_epoch' is not accepted; did you mean 'trainer.max_epochs'"),
+        ("return_predictions: false", "'return_predictions' is not accepted; `--help` lists what is\n"),
         ("modle:\n  class_path: ClassificationTask", "did you mean 'model'"),
         ("model:\n  init_args:\n    lrr: 3", "'lrr' is not accepted; did you mean 'lr'"),
         ("model:\n  init_args:\n    learning_rate: 3", "'learning_rate' is not accepted; did you mean '--model.lr'"),
@@ -85,6 +97,33 @@ def test_mistakes_in_a_file(text, answer, in_tmp, capsys):
     said = capsys.readouterr().err
     assert answer in said
     assert "JSONARGPARSE" not in said
+
+
+SHORT = ["--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1", "--trainer.accelerator=cpu"]
+SHORT += ["--model.backbone=timm:test_resnet", "--trainer.enable_progress_bar=false", "--logger=csv"]
+LATER = {
+    "--trainer.max_epochs=-1": "max_epochs=-1, max_steps=-1; set trainer.max_epochs or trainer.max_steps",
+    "--trainer.callbacks=Sparsity --trainer.callbacks.exclude=['*']": "Sparsity: exclude=['*'] leaves no batch norm",
+    "--trainer.callbacks=EarlyStopping --trainer.callbacks.monitor=val/topp1": "metric `val/topp1` which is not",
+    "--trainer.val_check_interval=1000": "`val_check_interval` (1000) must be less than or equal",
+}
+
+
+@pytest.mark.parametrize("words", LATER)
+def test_mistakes_that_only_the_data_show(words, in_tmp, capsys):
+    assert main(["fit", "--config=quickstart.yaml", *SHORT, *words.split()]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert LATER[words] in line
+
+
+@pytest.mark.parametrize("kind", [ValueError, RuntimeError])
+def test_a_mistake_in_the_program_keeps_its_traceback(kind, in_tmp, monkeypatch):
+    def wrong(task, batch, batch_idx):
+        raise kind("a mistake of ours")
+
+    monkeypatch.setattr(ClassificationTask, "training_step", wrong)
+    with pytest.raises(kind, match="a mistake of ours"):
+        main(["fit", "--config=quickstart.yaml", *SHORT])
 
 
 def test_what_is_missing(capsys):

@@ -5,6 +5,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import wandb
 from PIL import Image
 
 from slimconv_lit.callbacks import RunFolder
+from slimconv_lit.callbacks.run_folder import Lock
 from slimconv_lit.cli import main
 
 pytestmark = pytest.mark.usefixtures("few_pictures")
@@ -296,15 +298,52 @@ def test_a_folder_of_runs_that_cannot_be_written_to(in_tmp, capsys):
     assert error_of(capsys) == "error: --run_root=runs: cannot write into runs/quickstart: Not a directory"
 
 
+@contextlib.contextmanager
+def another_process(lock):
+    """Another process that has opened a lock, and holds it as soon as it can; it says a line at each."""
+    code = "import fcntl, os, sys; f = open(sys.argv[1], 'a+'); print(flush=True); fcntl.lockf(f, fcntl.LOCK_EX)"
+    code += "; f.truncate(0); f.write(str(os.getpid())); f.flush(); print(flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        yield other
+        other.stdin.close()
+
+
 def test_a_second_process_in_the_same_run(in_tmp, capsys):
     assert main([*DIGITS, "--trainer.max_epochs=1"]) == 0
-    code = "import fcntl, os, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX)"
-    code += "; f.write(str(os.getpid())); f.flush(); print(flush=True); sys.stdin.read()"
-    command = [sys.executable, "-c", code, run_folder() / ".lock"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+    with another_process(run_folder() / ".lock") as other:
         other.stdout.readline()
         assert main([*DIGITS, "--ckpt_path=last"]) == 2
         assert f"process {other.pid} is writing into {run_folder()}" in error_of(capsys)
-        other.stdin.close()
     assert main([*DIGITS, "--ckpt_path=last"]) == 0
-    assert not (run_folder() / ".lock").exists()
+
+
+def test_a_second_process_in_the_same_pruning(in_tmp, capsys):
+    folder = Path("runs", "x")
+    folder.mkdir(parents=True)
+    with another_process(folder / ".lock") as other:
+        other.stdout.readline()
+        assert main(["prune", "--config=quickstart.yaml", "--name=x", *QUIET[:2]]) == 2
+        assert f"process {other.pid} is writing into runs/x" in error_of(capsys)
+    assert [path.name for path in folder.iterdir()] == [".lock"]
+
+
+def test_who_lets_go_of_a_lock_leaves_it_to_who_waits(in_tmp):
+    mine = Lock(in_tmp)
+    with another_process(in_tmp / ".lock") as other:
+        mine.release()
+        other.stdout.readline()
+        with pytest.raises(BlockingIOError):
+            Lock(in_tmp)
+
+
+def test_a_resume_that_fails_leaves_what_it_found(in_tmp, capsys):
+    assert main([*DIGITS, "--trainer.max_epochs=1"]) == 0
+    # As a folder looks of which the checkpoints alone were copied.
+    moved = in_tmp / "runs" / "moved" / "2026-01-01_00-00-00" / "checkpoints"
+    shutil.copytree(run_folder() / "checkpoints", moved)
+    before = {path: path.stat().st_size for path in moved.iterdir()}
+    words = [f"--ckpt_path={moved / 'last.ckpt'}", "--name=moved", "--data=CIFAR100DataModule", "--data.root=nowhere"]
+    assert main(["fit", "--config=quickstart.yaml", *QUIET, *words]) == 2
+    assert "nowhere" in error_of(capsys)
+    assert {path: path.stat().st_size for path in moved.iterdir()} == before

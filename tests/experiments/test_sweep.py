@@ -13,6 +13,7 @@ from PIL import Image
 
 from slimconv_lit.cli import main
 from slimconv_lit.experiments.sweep_file import read_sweep
+from slimconv_lit.lookup import CONFIGS
 
 TINY = """
 method: grid
@@ -69,7 +70,7 @@ def test_a_killed_sweep_goes_on_to_the_same_table(in_tmp):
         assert min(picture.size) > 400
 
 
-def test_a_point_that_fails_says_why_and_the_others_go_on(in_tmp, capsys):
+def test_a_point_that_fails_says_why_and_the_others_go_on(in_tmp, monkeypatch, capsys):
     write(in_tmp, ["1.9", "8/3"])
     assert main(["sweep", "tiny.yaml", *SHORT]) == 1
     failed, finished = rows_of(Path("runs"))
@@ -77,7 +78,15 @@ def test_a_point_that_fails_says_why_and_the_others_go_on(in_tmp, capsys):
     assert finished["status"] == "finished"
     # Another command is another point.
     before = sorted(Path("runs/tiny").glob("*/*/results.json"))
-    assert main(["sweep", "tiny.yaml", *SHORT, "--model.lr=0.01"]) == 1
+    monkeypatch.syspath_prepend(in_tmp)
+    (in_tmp / "of_the_points.py").write_text("import pytorch_lightning as pl\nclass Mine(pl.Callback): pass\n")
+    mine = ["--trainer.callbacks=of_the_points.Mine", "--allow-import=of_the_points"]
+    assert main(["sweep", "tiny.yaml", *SHORT, "--model.lr=0.01", *mine]) == 1
+    assert rows_of(Path("runs"))[1]["status"] == "finished", "what is let in is let into the points' processes too"
+    # The same words, and another recipe behind them, of which there are no results.
+    (in_tmp / "quickstart.yaml").write_text(f"base: {CONFIGS / 'quickstart.yaml'}\ntest_after: false\n")
+    assert main(["sweep", "tiny.yaml", *SHORT, "--model.lr=0.01", *mine]) == 1
+    assert rows_of(Path("runs"))[1]["status"] == "failed: it was not tested, so it has no results.json"
     assert len(list(Path("runs/tiny").glob("*/*/results.json"))) == len(before) + 1
 
 

@@ -114,7 +114,7 @@ def test_constant():
 @pytest.mark.parametrize(
     ("own", "said"),
     [
-        ({"milestones": [2, 1]}, r"milestones must rise, they are \[2, 1\]"),
+        ({"milestones": [2, 1]}, r"milestones=\[2, 1\] must rise"),
         ({"lr": -1.0}, r"lr=-1\.0 must be at least 0"),
         ({"ema_decay": 2.0}, r"ema_decay=2\.0 must be from 0 to 1"),
         ({"nesterov": True, "momentum": 0.0}, "nesterov=True needs a momentum"),
