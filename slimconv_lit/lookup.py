@@ -79,7 +79,7 @@ def closest(name: str, names: Iterable[str]) -> str:
     known = sorted(names)
     lower = {name.lower(): name for name in known}
     # A slip or a missing end are nearer than that, another word is not.
-    near = [lower[found] for found in difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.65)]
+    near = [lower[found] for found in difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.6)]
     if near:
         return f"did you mean {' or '.join(map(repr, near))}?"
     more = f" and {len(known) - 20} more" if len(known) > 20 else ""

@@ -340,7 +340,10 @@ class BaseTask(pl.LightningModule):
         h, groups = self.hparams, optimizer.param_groups
         total = self.trainer.estimated_stepping_batches
         if not isinstance(total, int) or total < 1:
-            raise RunError("the schedule needs to know where it ends: set trainer.max_epochs or trainer.max_steps")
+            raise RunError(
+                f"the schedule needs to know where it ends: max_epochs={self.trainer.max_epochs}, max_steps="
+                f"{self.trainer.max_steps}; set trainer.max_epochs or trainer.max_steps to a number above 0"
+            )
         # Where only max_steps is set, asking for their total has not made Lightning count the batches.
         self.trainer.fit_loop.setup_data()
         steps_per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)

@@ -17,7 +17,7 @@ MISTAKES = {
     "--trainer.max_epoch=3": "'--trainer.max_epoch' is not accepted; did you mean 'max_epochs'",
     "--model.lrr=0.1": "'--model.lrr' is not accepted; did you mean 'lr'?",
     # Names of other parts, such as the trainer's barebones, are not among the suggestions.
-    "--model.backbon=x": "'--model.backbon' is not accepted; did you mean 'backbone'?",
+    "--model.backbon=x": "'--model.backbon' is not accepted; did you mean 'backbone'",
     "--model.optimzer=x": "'--model.optimzer' is not accepted; `--help` lists what is",
     "--model.operator.backbon=x": "'--model.operator.backbon' is not accepted; `--help` lists what is",
     "--model.batch_siz=4": "'--model.batch_siz' is not accepted; `--help` lists what is",
