@@ -84,6 +84,7 @@ def test_a_fit_leaves_a_whole_run_folder(trained, capsys):
         "pictures",
         "results.json",
         "per_class.csv",
+        ".lock",
     }
     assert {path.name for path in (trained / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     assert {path.name for path in (trained / "pictures").iterdir()} == {"validation.png", "confusion.png"}
