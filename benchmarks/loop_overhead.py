@@ -22,6 +22,7 @@ from slimconv_lit import ClassificationTask, DigitsDataModule
 from slimconv_lit.analysis.latency import machine, ratios, spread
 from slimconv_lit.lightning_cli import run
 from slimconv_lit.tables import format_table
+from slimconv_lit.trust import allow
 
 RECIPE = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4, "nesterov": True}
 
@@ -47,9 +48,10 @@ def fitted(batch_size, threads):
     words = [
         "--config=quickstart.yaml", f"--data.batch_size={batch_size}", f"--model.lr={RECIPE['lr']}",
         "--trainer.max_epochs=1", "--trainer.limit_val_batches=0", "--test_after=false", f"--threads={threads}",
-        "--trainer.callbacks=__main__.Clock", "--allow-import=__main__", "--trainer.enable_model_summary=false",
+        "--trainer.callbacks=__main__.Clock", "--trainer.enable_model_summary=false",
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), open(os.devnull, "w") as null:
+        allow(["__main__"])
         with contextlib.redirect_stdout(null):
             cli = run("fit", words)
         clock = next(c for c in cli.trainer.callbacks if isinstance(c, Clock))

@@ -22,6 +22,7 @@ from slimconv_lit.analysis.latency import machine, resident_memory
 from slimconv_lit.cli import main as cli
 from slimconv_lit.lightning_cli import run
 from slimconv_lit.tables import format_table
+from slimconv_lit.trust import allow
 
 WARMUP, EVERY = 500, 50
 
@@ -59,10 +60,10 @@ def soak(steps):
         "--data.image_size=32", "--data.eval_size=32", "--data.batch_size=8", "--data.num_workers=1",
         "--model.operator=SlimConv2d", "--model.ema_decay=0.99", f"--trainer.max_steps={steps}",
         "--trainer.max_epochs=-1", "--trainer.enable_progress_bar=false", "--trainer.callbacks=__main__.Watch",
-        "--allow-import=__main__",
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         assert cli(["prepare", "--data.sample=true", "--data.root=images", "--output=shards"]) == 0
+        allow(["__main__"])
         trainer = run("fit", words).trainer
     return next(c for c in trainer.callbacks if isinstance(c, Watch)).seen
 
