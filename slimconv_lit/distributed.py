@@ -13,13 +13,13 @@ import pytorch_lightning as pl
 import torch.distributed
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from pytorch_lightning.accelerators import CUDAAccelerator
 from pytorch_lightning.strategies import ModelParallelStrategy
 from pytorch_lightning.trainer.states import TrainerFn
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from slimconv_lit.callbacks import Sparsity
+from slimconv_lit.sync_batchnorm import SyncBatchNorms
 
 
 def launched() -> dict[str, int]:
@@ -118,15 +118,15 @@ def units(network: nn.Module, least: int) -> list[nn.Module]:
     return [block for block in blocks.values() if sum(p.numel() for p in block.parameters()) >= least]
 
 
-def check_devices(trainer: pl.Trainer, task: pl.LightningModule) -> None:
-    """Says at once what would fail in the first step.
+def prepare_devices(trainer: pl.Trainer, task: pl.LightningModule) -> None:
+    """Has batch norms synchronised by our own plugin, and says at once what would fail in the first step.
 
     Raises:
         ValueError: If the trainer's devices cannot do what it and the task are asked for.
     """
     strategy = trainer.strategy
-    if getattr(strategy, "_layer_sync", None) and not isinstance(trainer.accelerator, CUDAAccelerator):
-        raise ValueError("trainer.sync_batchnorm=true: torch synchronises batch norms between GPUs only")
+    if getattr(strategy, "_layer_sync", None):
+        strategy._layer_sync = SyncBatchNorms()
     if isinstance(strategy, FSDP2) and task.hparams.get("ema_decay"):
         raise ValueError("FSDP2 cannot average weights: say --model.ema_decay=null or --trainer.strategy=ddp")
     if isinstance(strategy, FSDP2) and any(isinstance(c, Sparsity) for c in trainer.callbacks):  # type: ignore[attr-defined]

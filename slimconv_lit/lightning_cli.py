@@ -39,7 +39,7 @@ from slimconv_lit.callbacks.run_folder import Lock, new_run_folder
 from slimconv_lit.checkpoint_files import read_checkpoint
 from slimconv_lit.config_files import Config, compose
 from slimconv_lit.data import BaseDataModule
-from slimconv_lit.distributed import FSDP2, check_devices, launched
+from slimconv_lit.distributed import FSDP2, prepare_devices, launched
 from slimconv_lit.durable import write_whole
 from slimconv_lit.errors import Parser, explain
 from slimconv_lit.faults import RunError, explain_fault, is_refusal
@@ -198,7 +198,7 @@ class SlimCLI(LightningCLI):
         try:
             super().instantiate_classes()
             if self.trainer is not None:
-                check_devices(self.trainer, self.model)
+                prepare_devices(self.trainer, self.model)
         except (ValueError, MisconfigurationException) as error:
             if os.environ.get("JSONARGPARSE_DEBUG"):
                 raise

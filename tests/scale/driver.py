@@ -108,6 +108,12 @@ def all_runs():
     launch("ddp4", 4, *fit, "--data.root=shards", "--data.batch_size=2")
     sharded = ["--config=trainer/fsdp.yaml", "--trainer.strategy.init_args.unit_params=10000"]
     launch("fsdp2", 2, fit[0], *sharded, *fit[1:], "--data.batch_size=4")
+    # SlimConv has norms of its own, one of them on maps of a single pixel: with one image, they see that pixel alone.
+    slim = ["--model.backbone=cifar_resnet20", "--model.operator=SlimConv2d", "--trainer.max_epochs=2"]
+    launch("norms", 1, *fit, *slim, "--data.batch_size=4")
+    for world in (2, 4):
+        words = ["--trainer.sync_batchnorm=true", f"--data.batch_size={4 // world}"]
+        launch(f"norms{world}", world, fit[0], "--config=trainer/ddp.yaml", *fit[1:], *slim, *words)
     RunFolder.on_train_batch_start = tell_to_end
     launch("told", 2, *fit, "--data.batch_size=4", status=TERMINATED)
     del RunFolder.on_train_batch_start

@@ -60,6 +60,21 @@ def test_the_curves_are_those_of_one_process(runs, name):
         torch.testing.assert_close(weights(many)[key], value, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["norms2", "norms4"])
+def test_synchronised_batch_norms_see_the_whole_batch(runs, name):
+    one, many = run_of(runs, "norms"), run_of(runs, name)
+    alone, together = metrics(one), metrics(many)
+    for key in alone:
+        assert together[key] == pytest.approx(alone[key], rel=1e-3), key
+    assert weights(one).keys() == weights(many).keys()
+    for key, value in weights(one).items():
+        torch.testing.assert_close(weights(many)[key], value, rtol=1e-3, atol=1e-3)
+    # What was put in the norms' place is out of it again, so that the network is counted and tested as it was.
+    counts = [json.loads((folder / "results.json").read_text()) for folder in (one, many)]
+    assert counts[0]["params"] == counts[1]["params"]
+    assert counts[0]["macs"] == counts[1]["macs"]
+
+
 @pytest.mark.parametrize("name", ["one", *MANY])
 def test_metrics_are_of_each_image_once(runs, name):
     with (run_of(runs, name) / "per_class.csv").open() as file:
@@ -178,11 +193,10 @@ def test_fewer_images_than_devices_are_an_error(monkeypatch):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--trainer.strategy=ddp", "--trainer.sync_batchnorm=true"], "between GPUs only"),
         (["--config=trainer/fsdp.yaml", "--model.ema_decay=0.9"], "--model.ema_decay=null"),
         (["--config=trainer/fsdp.yaml", "--trainer.callbacks=slimconv_lit.callbacks.Sparsity"], "take ddp"),
     ],
-    ids=["sync_batchnorm", "average", "sparsity"],
+    ids=["average", "sparsity"],
 )
 def test_what_the_devices_cannot_do_is_told_at_once(words, said, in_tmp, capsys):
     assert main(["fit", "--config=quickstart.yaml", "--trainer.accelerator=cpu", *words]) == 2
@@ -203,9 +217,9 @@ def _half_a_batch(rank, address, path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch synchronises batch norms between GPUs only")
-def test_synchronised_batch_norms_see_the_whole_batch(tmp_path):
-    # Two processes share the one GPU. SlimConv has norms of its own, one of them on maps of a single pixel.
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch's own synchronise GPUs only")
+def test_torch_s_synchronised_batch_norms_see_the_whole_batch(tmp_path):
+    # Two processes share the one GPU.
     network, images = create_backbone("cifar_resnet20", SlimConv2d, 10, 3).train(), torch.randn(8, 3, 32, 32)
     torch.save((network.state_dict(), images), tmp_path / "it")
     expected = network.cuda()(images.cuda()).cpu()
