@@ -48,9 +48,7 @@ types: .venv/installed-dev
 	$(BIN)/mypy
 
 tests: .venv/installed-dev
-	$(BIN)/python -m pytest -n 2 --ignore=tests/experiments/test_export.py
-	@# Behind two thousand other tests, a worker died twice among these compilers of machine code; by themselves, never.
-	$(BIN)/python -m pytest -n 2 tests/experiments/test_export.py
+	$(BIN)/python -m pytest -n 2
 
 lock: .venv/bin/python
 	$(LOCK) requirements.txt -o requirements.lock
