@@ -1,12 +1,11 @@
 import json
-import subprocess
-import sys
-from pathlib import Path
+from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
 
-from slimconv_lit import create_backbone
+from slimconv_lit import SlimConv2d, create_backbone, fuse
 from slimconv_lit.cli import main
 from slimconv_lit.experiments import export as verb
 from slimconv_lit.experiments import formats
@@ -109,11 +108,25 @@ def test_a_bfloat16_program_of_one_size(runs, monkeypatch):
 
 
 def test_fused_networks_in_all_runtimes(tmp_path):
-    # Three compilers of machine code: in a process of their own, where a crash takes no other test along and is seen.
-    command = [sys.executable, "-X", "faulthandler", "-m", "tests.experiments.fused_in_runtimes", str(tmp_path)]
-    ran = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert ran.stdout.count("alike") == 9
+    """In other numbers of images than they were traced with."""
+    torch.manual_seed(0)
+    network = create_backbone("cifar_resnet20", partial(SlimConv2d, k="8/3"), 10).eval()
+    expected = deepcopy(network).double()
+    fuse(network)
+    program = formats.trace(network, torch.randn(2, 3, 32, 32), free_size=False)
+    formats.write_aoti(program, tmp_path / "net.pt2", {})
+    formats.write_onnx(program, tmp_path / "net.onnx", {})
+    formats.write_openvino(tmp_path / "net.onnx", tmp_path / "net.xml", {})
+    for run in (
+        formats.open_aoti(tmp_path / "net.pt2"),
+        formats.open_onnx(tmp_path / "net.onnx"),
+        formats.open_openvino(tmp_path / "net.xml"),
+    ):
+        for count in (1, 2, 3):
+            images = torch.randn(count, 3, 32, 32)
+            with torch.no_grad():
+                (found,), wanted = run(images), expected(images.double())
+            assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
 def test_a_detector_is_right_at_its_size_and_takes_no_other(tmp_path):
