@@ -124,7 +124,7 @@ def prepare_devices(trainer: pl.Trainer, task: pl.LightningModule) -> None:
     Raises:
         ValueError: If the trainer's devices cannot do what it and the task are asked for.
     """
-    strategy = trainer.strategy
+    strategy: Any = trainer.strategy
     if getattr(strategy, "_layer_sync", None):
         strategy._layer_sync = SyncBatchNorms()
     if isinstance(strategy, FSDP2) and task.hparams.get("ema_decay"):

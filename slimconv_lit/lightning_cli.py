@@ -39,7 +39,7 @@ from slimconv_lit.callbacks.run_folder import Lock, new_run_folder
 from slimconv_lit.checkpoint_files import read_checkpoint
 from slimconv_lit.config_files import Config, compose
 from slimconv_lit.data import BaseDataModule
-from slimconv_lit.distributed import FSDP2, prepare_devices, launched
+from slimconv_lit.distributed import FSDP2, launched, prepare_devices
 from slimconv_lit.durable import write_whole
 from slimconv_lit.errors import Parser, explain
 from slimconv_lit.faults import RunError, explain_fault, is_refusal

@@ -4,10 +4,12 @@ Lightning's own plugin makes new layers: those of timm that have the activation 
 train on a processor. Here the layers stay what they are, but for their class.
 """
 
+from typing import Any
+
 from pytorch_lightning.plugins import LayerSync
 from timm.layers.norm_act import BatchNormAct2d, SyncBatchNormAct
-from torch import Tensor, distributed, nn, no_grad, rsqrt
-from torch.distributed.nn.functional import all_reduce
+from torch import Tensor, distributed, float32, nn, no_grad, promote_types, rsqrt
+from torch.autograd.function import Function
 from torch.nn.functional import batch_norm
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -21,14 +23,15 @@ class SyncBatchNorms(LayerSync):
         Raises:
             TypeError: If one has a forward of its own that is not known.
         """
-        for name, norm in model.named_modules():
-            if not isinstance(norm, _BatchNorm) or isinstance(norm, nn.SyncBatchNorm | CPUSyncBatchNorm):
+        for name, module in model.named_modules():
+            if not isinstance(module, _BatchNorm) or isinstance(module, nn.SyncBatchNorm | CPUSyncBatchNorm):
                 continue
-            with_activation = type(norm) is BatchNormAct2d
-            if not with_activation and type(norm).forward is not _BatchNorm.forward:
-                raise TypeError(f"{name}: a {type(norm).__name__} cannot be synchronised")
-            norm._unsynchronised, norm.process_group = type(norm), None
-            if next(norm.buffers()).device.type == "cpu":
+            norm: Any = module
+            with_activation = type(module) is BatchNormAct2d
+            if not with_activation and type(module).forward is not _BatchNorm.forward:
+                raise TypeError(f"{name}: a {type(module).__name__} cannot be synchronised")
+            norm._unsynchronised, norm.process_group = type(module), None
+            if next(module.buffers()).device.type == "cpu":
                 norm.__class__ = CPUSyncBatchNorm
             else:
                 norm.__class__ = SyncBatchNormAct if with_activation else nn.SyncBatchNorm
@@ -36,6 +39,7 @@ class SyncBatchNorms(LayerSync):
 
     def revert(self, model: nn.Module) -> nn.Module:
         """Makes them what they were."""
+        norm: Any
         for norm in model.modules():
             if hasattr(norm, "_unsynchronised"):
                 norm.__class__ = norm._unsynchronised
@@ -46,12 +50,19 @@ class SyncBatchNorms(LayerSync):
 class CPUSyncBatchNorm(_BatchNorm):
     """A batch norm over all processes, with the sums of `torch.distributed` alone.
 
-    B, C, ... to B, C, ...; the mean and variance of training are those of all processes' B together, and so are their
-    gradients. In evaluation it is what it was.
+    In evaluation it is what it was.
     """
 
+    running_mean: Any
+    running_var: Any
+    num_batches_tracked: Any
+    act: Any
+    drop: Any
+
     def forward(self, input: Tensor) -> Tensor:
-        y = self._over_all(input.float()).to(input.dtype) if self.training else self._as_learned(input)
+        """(B, C, ...) to (B, C, ...), in training by the mean and variance of all processes' images."""
+        exact = promote_types(input.dtype, float32)
+        y = self._over_all(input.to(exact)).to(input.dtype) if self.training else self._as_learned(input)
         # timm's.
         return self.act(self.drop(y)) if hasattr(self, "act") else y
 
@@ -63,17 +74,31 @@ class CPUSyncBatchNorm(_BatchNorm):
         others = [0, *range(2, x.dim())]
         count = x.new_tensor([x.numel() / x.shape[1]])
         distributed.all_reduce(count)
-        mean = all_reduce(x.sum(others)) / count
+        mean = _SumOfAll.apply(x.sum(others)) / count
         centred = x - _along_channels(mean, x)
-        variance = all_reduce(centred.square().sum(others)) / count
+        variance = _SumOfAll.apply(centred.square().sum(others)) / count
         if self.track_running_stats:
             with no_grad():
                 self.num_batches_tracked += 1
                 share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
                 self.running_mean.lerp_(mean, share)
-                self.running_var.lerp_(variance * count / (count - 1), share)
+                self.running_var.lerp_(variance * count / (count - 1).clamp(min=1), share)
         y = centred * _along_channels(rsqrt(variance + self.eps), x)
         return y * _along_channels(self.weight, x) + _along_channels(self.bias, x) if self.affine else y
+
+
+class _SumOfAll(Function):
+    """The sum of a tensor over all processes; its gradient is that of all their losses."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return _SumOfAll.forward(ctx, *grads)
 
 
 def _along_channels(values: Tensor, x: Tensor) -> Tensor:

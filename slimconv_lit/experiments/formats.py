@@ -9,6 +9,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -202,10 +203,23 @@ def write_openvino(onnx_file: Path, path: Path, facts: Facts) -> None:
     import openvino
 
     # Not `convert_model`, which reports its use over the network.
-    model = openvino.Core().read_model(onnx_file)
+    model = _openvino_core().read_model(onnx_file)
     for key, text in _texts(facts).items():
         model.set_rt_info(text, ["slimconv_lit", key])
     openvino.save_model(model, path, compress_to_fp16=False)
+
+
+@cache
+def _openvino_core() -> Any:
+    """The one for the whole process, which nobody may end.
+
+    Each gives the thread a stack for signals, and puts the one before it back when it ends (2026.4). Where two end in
+    the order in which they were made, that one is memory no longer mapped, and the next signal with a handler kills the
+    process: SIGCHLD has one as soon as a DataLoader has had workers.
+    """
+    import openvino
+
+    return openvino.Core()
 
 
 def write_program(program: ExportedProgram, path: Path, facts: Facts) -> None:
@@ -259,10 +273,8 @@ def open_openvino(path: Path, precision: str = "f32", shape: Sequence[int] | Non
         precision: Of floating-point sums, "f32" or "bf16"; left alone, OpenVINO takes bf16 where the CPU has it.
         shape: Of the images, (B, C, H, W); code for one shape is faster than for all that the file takes.
     """
-    import openvino
-
     settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    core = openvino.Core()
+    core = _openvino_core()
     model = core.read_model(path)
     if shape is not None:
         model.reshape(shape)

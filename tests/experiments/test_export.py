@@ -1,4 +1,6 @@
 import json
+import signal
+import subprocess
 from copy import deepcopy
 from functools import partial
 
@@ -85,6 +87,22 @@ def test_int8_for_openvino_from_a_folder_of_images(runs, monkeypatch, capsys):
     assert json.loads(model.get_rt_info(["slimconv_lit", "std"]).value) == [0.3189]
     # Its weights are bytes, and not floats that were bytes once.
     assert "i8" in {op.get_element_type().get_type_name() for op in model.get_ops() if op.get_type_name() == "Constant"}
+
+
+def test_signals_are_handled_behind_openvino(tmp_path):
+    network = torch.nn.Conv2d(3, 4, 3).eval()
+    formats.write_onnx(formats.trace(network, torch.randn(2, 3, 32, 32), free_size=False), tmp_path / "net.onnx", {})
+    runners = [formats.open_openvino(tmp_path / "net.onnx") for _ in range(2)]
+    while runners:
+        del runners[0]
+    heard = []
+    before = signal.signal(signal.SIGCHLD, lambda number, frame: heard.append(number))
+    try:
+        # It ended the process, by writing the signal where OpenVINO's memory had been.
+        subprocess.run(["true"], check=True)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert heard == [signal.SIGCHLD]
 
 
 def test_a_bfloat16_program_of_one_size(runs, monkeypatch):

@@ -110,6 +110,8 @@ def all_runs():
     launch("fsdp2", 2, fit[0], *sharded, *fit[1:], "--data.batch_size=4")
     # SlimConv has norms of its own, one of them on maps of a single pixel: with one image, they see that pixel alone.
     slim = ["--model.backbone=cifar_resnet20", "--model.operator=SlimConv2d", "--trainer.max_epochs=2"]
+    # Norms of four values make much of what is rounded.
+    slim.append("--trainer.precision=64-true")
     launch("norms", 1, *fit, *slim, "--data.batch_size=4")
     for world in (2, 4):
         words = ["--trainer.sync_batchnorm=true", f"--data.batch_size={4 // world}"]
