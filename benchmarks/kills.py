@@ -74,7 +74,7 @@ def _process(rank, world, port, run, outputs):
     output = os.open(outputs[rank], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    # Before there is a second thread: behind a fork torch's pool of threads is made anew, by two at once if it comes to it.
+    # Before there is a second thread: torch makes its pool anew behind a fork, which two at once get wrong.
     torch.set_num_threads(1)
     if world > 1:
         own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "GROUP_RANK": 0}
