@@ -7,7 +7,6 @@ train on a processor. Here the layers stay what they are, but for their class.
 from typing import Any
 
 from pytorch_lightning.plugins import LayerSync
-from timm.layers.norm_act import BatchNormAct2d, SyncBatchNormAct
 from torch import Tensor, distributed, float32, nn, no_grad, promote_types, rsqrt
 from torch.autograd.function import Function
 from torch.nn.functional import batch_norm
@@ -23,6 +22,9 @@ class SyncBatchNorms(LayerSync):
         Raises:
             TypeError: If one has a forward of its own that is not known.
         """
+        # It takes a second, and most runs have one device.
+        from timm.layers.norm_act import BatchNormAct2d, SyncBatchNormAct
+
         for name, module in model.named_modules():
             if not isinstance(module, _BatchNorm) or isinstance(module, nn.SyncBatchNorm | CPUSyncBatchNorm):
                 continue
