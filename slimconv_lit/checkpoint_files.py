@@ -55,6 +55,8 @@ def _check_shape(checkpoint: Mapping[str, Any]) -> None:
     if "state_dict" not in checkpoint:
         raise ValueError(f"it has no 'state_dict'; it holds {', '.join(map(str, list(checkpoint)[:6]))}"[:200])
     mappings: dict[str, type] = dict.fromkeys((*_PLAIN, "loops", "callbacks", "run_folder"), object)
+    # What a datamodule has added stands under the name of its class.
+    mappings |= dict.fromkeys((key for key in checkpoint if str(key).endswith("DataModule")), object)
     mappings |= {"state_dict": torch.Tensor, "train_means": torch.Tensor, "pruned": list}
     for key, kind in mappings.items():
         values = checkpoint.get(key) or {}

@@ -126,9 +126,12 @@ def run_verb(verb: str, argv: list[str]) -> int:
     except SystemExit as done:
         # What `--help` and `--print_config` end with.
         return done.code if isinstance(done.code, int) else int(done.code is not None)
-    except (FileNotFoundError, FloatingPointError, URLError, RunError) as error:
-        # Missing data, failed downloads, losses that are not finite and faults of the machine are the user's to mend;
-        # the message says how, a traceback does not.
+    except BrokenPipeError:
+        # `... | head` has read enough; without this, Python would complain once more as it flushes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, FloatingPointError, RunError) as error:
+        # Missing data, failed downloads, full disks, losses that are not finite and other faults of the machine are the
+        # user's to mend; the message says how, a traceback does not.
         if os.environ.get("JSONARGPARSE_DEBUG"):
             raise
         offline = "; the download needs a network (or --data.sample=true, a small sample without one)"
@@ -142,9 +145,6 @@ def run_verb(verb: str, argv: list[str]) -> int:
             raise
         print(f"error: {_told(error)}", file=sys.stderr)
         return 2
-    except BrokenPipeError:
-        # `... | head` has read enough; without this, Python would complain once more as it flushes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -19,7 +19,7 @@ from jsonargparse import get_loader
 
 from slimconv_lit.checkpoint_files import read_checkpoint
 from slimconv_lit.lookup import find_checkpoint, find_config
-from slimconv_lit.plain import check_nesting, check_plain
+from slimconv_lit.plain import MOST_BYTES, check_plain, check_yaml
 
 Config: TypeAlias = dict[str, Any]
 
@@ -28,7 +28,7 @@ PARTS = ("data", "model", "trainer")
 _RESUMED = {"loops", "optimizer_states", "lr_schedulers"}
 
 
-_MOST_BYTES, _MOST_BASES = 2**20, 8
+_MOST_BASES = 8
 
 
 def read_yaml(path: Path, load: Callable[[str], Any]) -> dict[str, Any]:
@@ -38,10 +38,10 @@ def read_yaml(path: Path, load: Callable[[str], Any]) -> dict[str, Any]:
         ValueError: If there is none in it, or more than a configuration can need; the message names the file.
     """
     try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise ValueError(f"it has more than {_MOST_BYTES:,} bytes")
+        if path.stat().st_size > MOST_BYTES:
+            raise ValueError(f"it has more than {MOST_BYTES:,} bytes")
         text = path.read_text(encoding="utf-8")
-        check_nesting(text)
+        check_yaml(text)
         values = load(text)
         check_plain(values)
     except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as error:

@@ -13,6 +13,8 @@ import pytorch_lightning as pl
 import torch.distributed
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from pytorch_lightning.accelerators import CUDAAccelerator
+from pytorch_lightning.plugins import TorchSyncBatchNorm
 from pytorch_lightning.strategies import ModelParallelStrategy
 from pytorch_lightning.trainer.states import TrainerFn
 from torch import nn
@@ -125,8 +127,8 @@ def prepare_devices(trainer: pl.Trainer, task: pl.LightningModule) -> None:
         ValueError: If the trainer's devices cannot do what it and the task are asked for.
     """
     strategy: Any = trainer.strategy
-    if getattr(strategy, "_layer_sync", None):
-        strategy._layer_sync = SyncBatchNorms()
+    if isinstance(getattr(strategy, "_layer_sync", None), TorchSyncBatchNorm):
+        strategy._layer_sync = SyncBatchNorms(isinstance(trainer.accelerator, CUDAAccelerator))
     if isinstance(strategy, FSDP2) and task.hparams.get("ema_decay"):
         raise ValueError("FSDP2 cannot average weights: say --model.ema_decay=null or --trainer.strategy=ddp")
     if isinstance(strategy, FSDP2) and any(isinstance(c, Sparsity) for c in trainer.callbacks):  # type: ignore[attr-defined]

@@ -6,7 +6,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 # Far more than a configuration needs, and less than what fills the memory or, nested, the stack of libyaml.
-MOST_VALUES, MOST_TEXT, MOST_NESTED = 100_000, 10_000, 50
+MOST_BYTES, MOST_VALUES, MOST_TEXT, MOST_NESTED = 2**20, 100_000, 10_000, 50
 
 
 def check_plain(values: Any) -> None:
@@ -20,18 +20,39 @@ def check_plain(values: Any) -> None:
         raise ValueError(f"it stands for more than {MOST_VALUES:,} values")
 
 
-def check_nesting(text: str) -> None:
-    """Sees that the lists and mappings in a YAML text are not more than `MOST_NESTED` deep.
+def check_yaml(text: str) -> None:
+    """Sees that a YAML text can be loaded: it is not more than `MOST_NESTED` deep, nor stands for too many values.
+
+    `check_plain` would be too late for either: aliases of mappings that are merged (`<<`) are written out as it loads.
 
     Raises:
-        ValueError: If they are.
+        ValueError: If it cannot; the message says why.
         yaml.YAMLError: If it is no YAML.
     """
-    depth = 0
+    # Of what has an anchor and is complete, how many values it stands for; of what is not, how many so far.
+    sizes: dict[str | None, int] = {}
+    anchors: list[str | None] = []
+    counts = [0]
     for event in yaml.parse(text):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > MOST_NESTED:
+        if isinstance(event, yaml.CollectionStartEvent):
+            sizes.pop(event.anchor, None)
+            anchors.append(event.anchor)
+            counts.append(1)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            size = sizes[anchors.pop()] = counts.pop()
+            counts[-1] += size
+        elif isinstance(event, yaml.AliasEvent):
+            if event.anchor not in sizes:
+                raise ValueError(f"*{event.anchor} stands for nothing, or for what it is in, which is endlessly deep")
+            counts[-1] += sizes[event.anchor]
+        elif isinstance(event, yaml.ScalarEvent):
+            _check_length(event.value)
+            sizes[event.anchor] = 1
+            counts[-1] += 1
+        if len(anchors) > MOST_NESTED:
             raise ValueError(f"its lists and mappings are more than {MOST_NESTED} deep")
+        if counts[-1] > MOST_VALUES:
+            raise ValueError(f"it stands for more than {MOST_VALUES:,} values")
 
 
 def _count(values: Any, most: int, depth: int = 0) -> int:
@@ -56,8 +77,7 @@ def _count(values: Any, most: int, depth: int = 0) -> int:
 
 def _check_text(text: str) -> None:
     """Sees that a text is none that stands for much more than itself, should the parser of options read it as YAML."""
-    if len(text) > MOST_TEXT:
-        raise ValueError(f"a text has more than {MOST_TEXT:,} characters")
+    _check_length(text)
     # An alias has an anchor, and either may be written as an escape in a text inside the text.
     if "&" not in text and "\\" not in text:
         return
@@ -70,3 +90,8 @@ def _check_text(text: str) -> None:
     for event in events:
         if isinstance(event, yaml.ScalarEvent) and event.value != text:
             _check_text(event.value)
+
+
+def _check_length(text: str) -> None:
+    if len(text) > MOST_TEXT:
+        raise ValueError(f"a text has more than {MOST_TEXT:,} characters")

@@ -12,15 +12,25 @@ from torch.autograd.function import Function
 from torch.nn.functional import batch_norm
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from slimconv_lit.faults import RunError
+
 
 class SyncBatchNorms(LayerSync):
-    """Lightning's `TorchSyncBatchNorm`, for processors too, and for timm's norms with activations."""
+    """Lightning's `TorchSyncBatchNorm`, for processors too, and for timm's norms with activations.
+
+    Args:
+        on_gpu: Whether the layers will compute on GPUs, where torch's own are faster. A strategy may hand them over
+            before it moves them there, so they cannot be asked.
+    """
+
+    def __init__(self, on_gpu: bool) -> None:
+        self.on_gpu = on_gpu
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Has all batch norms of `model` look at the images of all devices, while it trains.
 
         Raises:
-            TypeError: If one has a forward of its own that is not known.
+            RunError: If one has a forward of its own that is not known.
         """
         # It takes a second, and most runs have one device.
         from timm.layers.norm_act import BatchNormAct2d, SyncBatchNormAct
@@ -31,12 +41,14 @@ class SyncBatchNorms(LayerSync):
             norm: Any = module
             with_activation = type(module) is BatchNormAct2d
             if not with_activation and type(module).forward is not _BatchNorm.forward:
-                raise TypeError(f"{name}: a {type(module).__name__} cannot be synchronised")
+                raise RunError(
+                    f"--trainer.sync_batchnorm: {name} is a {type(module).__name__}, which cannot be synchronised"
+                )
             norm._unsynchronised, norm.process_group = type(module), None
-            if next(module.buffers()).device.type == "cpu":
-                norm.__class__ = CPUSyncBatchNorm
-            else:
+            if self.on_gpu:
                 norm.__class__ = SyncBatchNormAct if with_activation else nn.SyncBatchNorm
+            else:
+                norm.__class__ = CPUSyncBatchNorm
         return model
 
     def revert(self, model: nn.Module) -> nn.Module:
@@ -83,8 +95,10 @@ class CPUSyncBatchNorm(_BatchNorm):
             with no_grad():
                 self.num_batches_tracked += 1
                 share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-                self.running_mean.lerp_(mean, share)
-                self.running_var.lerp_(variance * count / (count - 1).clamp(min=1), share)
+                unbiased = variance * count / (count - 1).clamp(min=1)
+                # Which may be of a lower precision than what is computed here.
+                self.running_mean.lerp_(mean.to(self.running_mean), share)
+                self.running_var.lerp_(unbiased.to(self.running_var), share)
         y = centred * _along_channels(rsqrt(variance + self.eps), x)
         return y * _along_channels(self.weight, x) + _along_channels(self.bias, x) if self.affine else y
 

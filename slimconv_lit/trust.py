@@ -1,10 +1,11 @@
 """What a configuration, a checkpoint or a sweep file may name: each may come from a stranger, and must not run code.
 
-Importing this module sets two switches of libraries, for the whole process:
+Importing this module sets three switches of libraries, for the whole process:
 
 - jsonargparse imports the classes that a configuration names from the packages in `ALLOWED` alone, and looks also at
   where a thing was defined: "torch.nn.functional.importlib.import_module" does not get through. It builds classes only
   where an argument asks for one of their kind.
+- jsonargparse reads a YAML file that another one names only once `check_yaml` has nothing against it.
 - `torch.load` unpickles nothing but tensors and plain values, in torchvision and timm too.
 
 It cannot be left to the readers of files, for jsonargparse reads texts inside texts and files that files name.
@@ -12,10 +13,13 @@ It cannot be left to the readers of files, for jsonargparse reads texts inside t
 
 import os
 from collections.abc import Iterator, Sequence
+from typing import Any
 
-from jsonargparse import set_parsing_settings
+import yaml  # type: ignore[import-untyped]
+from jsonargparse import get_loader, set_loader, set_parsing_settings
 
 import slimconv_lit
+from slimconv_lit.plain import MOST_BYTES, MOST_NESTED, check_yaml
 
 ALLOWED = (
     # Not the command line and its verbs: a function, too, may be named where something is to be called.
@@ -40,6 +44,22 @@ let_in: list[str] = []
 set_parsing_settings(
     import_path_denylist=["*"], import_path_allowlist=list(ALLOWED), instantiate_subclass_spec_in_any=False
 )
+_read_yaml = get_loader("yaml")
+
+
+def _read_checked(text: str) -> Any:
+    # What is shorter can be neither too deep nor a bomb; most options are.
+    if len(text) > MOST_NESTED:
+        try:
+            if len(text) > MOST_BYTES:
+                raise ValueError(f"it has more than {MOST_BYTES:,} characters")
+            check_yaml(text)
+        except ValueError as error:
+            raise yaml.YAMLError(str(error)) from error
+    return _read_yaml(text)
+
+
+set_loader("yaml", _read_checked, (yaml.YAMLError,))
 # Who has set the opposite has decided for himself, and torch takes only one of both.
 if "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD" not in os.environ:
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"

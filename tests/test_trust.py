@@ -78,6 +78,7 @@ def test_libraries_cannot_unpickle_either(in_tmp):
 # A few lines that stand for billions of values.
 ALIASES = ["a0: &a0 [x, x]", *(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9))]
 BOMB = "{" + ", ".join(ALIASES) + "}"
+MERGED = ["a0: &a0 {x: 1}", *(f"a{i}: &a{i} {{<<: [{','.join([f'*a{i - 1}'] * 9)}]}}" for i in range(1, 13))]
 
 BACK = {"class_path": "evil.Back"}
 CONFIGS = {
@@ -184,6 +185,7 @@ ODD = {
     "a tensor": ({"hyper_parameters": {"backbone": "cifar_resnet20", "lr": torch.ones(2)}}, "a Tensor is no number"),
     "bombs": ({"hyper_parameters": {"backbone": BOMB}}, "aliases"),
     "classes": ({"class_paths": [1]}, "'class_paths' is no mapping"),
+    "data": ({"DigitsDataModule": 3}, "'DigitsDataModule' is no mapping"),
 }
 
 
@@ -256,6 +258,8 @@ def test_what_is_typed_follows_the_same_rule(evil, capsys):
         ("model: [1]", "subclass of BaseTask"),
         ("name: [1]", "name"),
         ("\n".join(ALIASES), "100,000"),
+        ("\n".join(MERGED), "100,000"),
+        ("a: &a {b: &b {<<: [*a, *a], c: {<<: [*b, *b]}}}", "deep"),
         ("? [1]\n: 2", "x.yaml"),
         (yaml.safe_dump({"model": {"init_args": {"backbone_options": BOMB}}}), "aliases"),
         (yaml.safe_dump({"trainer": {"logger": json.dumps({"a": BOMB}).replace("&", "\\u0026")}}), "aliases"),
@@ -266,3 +270,10 @@ def test_what_is_typed_follows_the_same_rule(evil, capsys):
 def test_configs_that_are_bombs_or_no_configs(text, said, in_tmp, capsys):
     (in_tmp / "x.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
     refused(FIT, capsys, said)
+
+
+@pytest.mark.parametrize("text", ["[" * 400_000, "\n".join(MERGED), "a: b\n" * 300_000], ids=lambda text: text[:20])
+def test_files_that_a_config_names_are_no_bombs_either(text, in_tmp, capsys):
+    (in_tmp / "x.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": ["named.yaml"]}}))
+    (in_tmp / "named.yaml").write_text(text)
+    refused(FIT, capsys)

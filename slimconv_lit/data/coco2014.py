@@ -95,8 +95,9 @@ class COCO2014DataModule(DetectionDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes the ids over, unless the classes are other ones by now or the annotations have been read."""
-        if not self._read and len(state_dict["category_ids"]) == self.num_classes:
-            self.category_ids = tuple(state_dict["category_ids"])
+        ids = state_dict.get("category_ids")
+        if not self._read and isinstance(ids, list) and len(ids) == self.num_classes:
+            self.category_ids = tuple(map(int, ids))
 
     def prepare_data(self) -> None:
         """Builds the sample where it is missing."""

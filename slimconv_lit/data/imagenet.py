@@ -133,8 +133,9 @@ class ImageNetDataModule(BaseDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes the class names over where no folders tell them."""
         unknown = not self.sample and self._folder(self.root, "train") is None and not is_sharded(self.root)
-        if unknown and len(state_dict["class_names"]) == self.num_classes:
-            self.class_names = tuple(state_dict["class_names"])
+        names = state_dict.get("class_names")
+        if unknown and isinstance(names, list) and len(names) == self.num_classes:
+            self.class_names = tuple(map(str, names))
 
     def prepare_data(self) -> None:
         """Unpacks the archives that lie in `root`, or builds the sample; either only where it is missing.

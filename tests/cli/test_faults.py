@@ -117,6 +117,22 @@ def test_a_full_disk(in_tmp, at_step, capsys):
         subprocess.run(["umount", disk], check=True)
 
 
+# Behind the first validation, and at the very end.
+@pytest.mark.parametrize(("name", "step"), [("pictures/validation.png", 4), ("results.json.partial", 12)])
+def test_a_full_disk_where_no_checkpoint_is_written(name, step, in_tmp, at_step, capsys):
+    def fill(trainer, batch):
+        path = run_folder() / name
+        path.parent.mkdir(exist_ok=True)
+        path.symlink_to("/dev/full")
+
+    at_step(5, fill)
+    assert main([*DIGITS, "--test_after=true"]) == 2
+    assert "No space left on device" in error_of(capsys)
+    (run_folder() / name).unlink(missing_ok=True)
+    at_step(-1, fill)
+    assert_goes_on(DIGITS, [step])
+
+
 def test_a_data_folder_that_vanishes(photos, at_step, capsys):
     gone = photos.with_name("gone")
     at_step(3, lambda trainer, batch: (photos / "train").rename(gone))
@@ -296,6 +312,21 @@ def test_a_folder_of_runs_that_cannot_be_written_to(in_tmp, capsys):
     (in_tmp / "runs").write_text("a file in the folder's place")
     assert main(DIGITS) == 2
     assert error_of(capsys) == "error: --run_root=runs: cannot write into runs/quickstart: Not a directory"
+
+
+def test_a_disk_that_cannot_be_written_to(in_tmp, capsys):
+    disk = in_tmp / "runs"
+    disk.mkdir()
+    assert main([*DIGITS, "--trainer.max_epochs=1"]) == 0
+    if subprocess.run(["mount", "--bind", "-o", "ro", disk, disk], capture_output=True).returncode:
+        pytest.skip("nothing can be mounted here")
+    try:
+        for more in ([], ["--ckpt_path=last"]):
+            assert main([*DIGITS, *more]) == 2
+            assert error_of(capsys).endswith("cannot write into runs/quickstart: Read-only file system")
+    finally:
+        subprocess.run(["umount", disk], check=True)
+    assert_goes_on(DIGITS, [6])
 
 
 @contextlib.contextmanager

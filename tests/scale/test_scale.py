@@ -6,17 +6,23 @@ import subprocess
 import sys
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from pytorch_lightning.accelerators import CPUAccelerator, CUDAAccelerator
+from pytorch_lightning.plugins import TorchSyncBatchNorm
+from timm.layers.norm_act import BatchNormAct2d, SyncBatchNormAct
+from torch import nn
 
-from slimconv_lit import SlimConv2d, create_backbone
+from slimconv_lit import ClassificationTask, SlimConv2d, create_backbone
 from slimconv_lit.cli import main
 from slimconv_lit.data import DigitsDataModule
 from slimconv_lit.data.base import EpochSampler
 from slimconv_lit.data.files import DataError
-from slimconv_lit.sync_batchnorm import SyncBatchNorms
+from slimconv_lit.distributed import prepare_devices
+from slimconv_lit.sync_batchnorm import CPUSyncBatchNorm, SyncBatchNorms
 
 MANY = {"ddp2": 2, "ddp4": 4, "fsdp2": 2}
 
@@ -216,7 +222,7 @@ def alone(tmp_path):
 
 def test_norms_with_an_activation_keep_it_while_they_are_synchronised(alone):
     network, images = create_backbone("timm:test_efficientnet", SlimConv2d, 10, 3).train(), torch.randn(4, 3, 64, 64)
-    plain, sync = deepcopy(network), SyncBatchNorms()
+    plain, sync = deepcopy(network), SyncBatchNorms(on_gpu=False)
     for mode in (True, False):
         assert sync.apply(network.train(mode)) is network
         outputs = [net(images) for net in (plain.train(mode), network)]
@@ -231,6 +237,33 @@ def test_norms_with_an_activation_keep_it_while_they_are_synchronised(alone):
         assert {"_unsynchronised", "process_group"}.isdisjoint(key for part in network.modules() for key in vars(part))
 
 
+@pytest.mark.parametrize("accelerator", ["cpu", "cuda"])
+def test_the_accelerator_decides_which_norms_are_synchronised_how(accelerator):
+    # Lightning's DDP hands the network over before it is on the GPU.
+    made = {"cpu": CPUAccelerator, "cuda": CUDAAccelerator}[accelerator]()
+    strategy = SimpleNamespace(_layer_sync=TorchSyncBatchNorm())
+    prepare_devices(
+        SimpleNamespace(strategy=strategy, accelerator=made, callbacks=[]),
+        ClassificationTask("cifar_resnet20", num_classes=10),
+    )
+    network = nn.Sequential(nn.BatchNorm2d(4), BatchNormAct2d(4), nn.BatchNorm1d(4, track_running_stats=False))
+    kinds = [type(norm) for norm in strategy._layer_sync.apply(network)]
+    torchs = [nn.SyncBatchNorm, SyncBatchNormAct, nn.SyncBatchNorm]
+    assert kinds == (torchs if accelerator == "cuda" else [CPUSyncBatchNorm] * 3)
+    strategy._layer_sync.revert(network)
+    assert [type(norm) for norm in network] == [nn.BatchNorm2d, BatchNormAct2d, nn.BatchNorm1d]
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_synchronised_norms_of_any_precision(alone, precision):
+    network = nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4, momentum=None, affine=False)).to(precision)
+    plain, images = deepcopy(network), torch.randn(3, 4, 5, 5, dtype=precision)
+    SyncBatchNorms(on_gpu=False).apply(network)
+    torch.testing.assert_close(network(images), plain(images), rtol=2e-2, atol=2e-2)
+    for old, new in zip(plain.buffers(), network.buffers(), strict=True):
+        torch.testing.assert_close(old, new, rtol=2e-2, atol=2e-2)
+
+
 def _half_a_batch(rank, address, path):
     torch.cuda.set_device(0)
     torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
@@ -238,7 +271,8 @@ def _half_a_batch(rank, address, path):
     weights, images = torch.load(path)
     network = create_backbone("cifar_resnet20", SlimConv2d, 10, 3)
     network.load_state_dict(weights)
-    network = SyncBatchNorms().apply(network.cuda()).train()
+    # In the order of Lightning's DDP.
+    network = SyncBatchNorms(on_gpu=True).apply(network).cuda().train()
     torch.save(network(images.cuda()[rank::2]).cpu(), f"{path}.{rank}")
     torch.distributed.destroy_process_group()
 
