@@ -195,6 +195,8 @@ def main(argv=None):
     parser.add_argument("--output", type=Path)
     args, more = parser.parse_known_args(argv)
     run = [*RUN, f"--data.batch_size={28 // args.processes}", *more]
+    chosen = {name: getattr(args, name) for name in ("processes", "kills", "after", "seed")}
+    options = [f"--{name}={value}" for name, value in chosen.items() if value != parser.get_default(name)]
     torch.set_num_threads(1)
     rng = random.Random(args.seed)
     kills = []
@@ -210,7 +212,8 @@ def main(argv=None):
             kills.append(kill)
             print(json.dumps(kill), flush=True)
             if args.output:
-                found = summary(kills) | {
+                found = {"command": " ".join(["python benchmarks/kills.py", *options, *more])}
+                found |= summary(kills) | {
                     "processes": args.processes,
                     "steps": reference["global_step"],
                     "run": " ".join(run),
@@ -225,7 +228,6 @@ def main(argv=None):
 
 def summary(kills):
     return {
-        "command": "python benchmarks/kills.py",
         **machine(),
         "kills": len(kills),
         "bit by bit as if never killed": sum(not kill["differs"] for kill in kills),

@@ -86,6 +86,12 @@ class FSDP2(ModelParallelStrategy):
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
 
+    def teardown(self) -> None:
+        """Also makes synchronised batch norms what they were, as DDP does."""
+        if self._layer_sync and self.model is not None:
+            self._layer_sync.revert(self.model)
+        super().teardown()
+
     def _sharded(self) -> Iterator[FSDPModule]:
         assert self.model is not None
         return (module for module in self.model.modules() if isinstance(module, FSDPModule))

@@ -35,9 +35,7 @@ def test_changed_inputs_are_refused_cleanly(reader):
     # The same ones each time: benchmarks/fuzz.py is there to find others.
     @settings(
         max_examples=SLOW.get(name, 150),
-        deadline=None,
         database=None,
-        derandomize=True,
         suppress_health_check=list(HealthCheck),
     )
     @given(st.sampled_from(corpus), st.integers(0, 2**32))

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from slimconv_lit.callbacks.run_folder import folder_of
+from slimconv_lit.data.shards import ShardedImages
 
 # A GPU would have to wait at each step for its loss to be looked at.
 _LOOK_EVERY = 50
@@ -136,6 +137,8 @@ def _file_of(dataset: Any, index: int) -> dict[str, str]:
     while inner := getattr(dataset, "source", None) or getattr(dataset, "dataset", None):
         index = dataset.indices[index] if isinstance(dataset, Subset) else index
         dataset = inner
+    if isinstance(dataset, ShardedImages):
+        return {"file": str(dataset.read(index)[0])}
     # Of ImageFolder, and of the segmentation data sets; a detector names its images itself.
     files = getattr(dataset, "samples", None) or getattr(dataset, "images", None)
     if not isinstance(files, list):

@@ -220,6 +220,11 @@ def test_the_files_of_a_batch_whose_loss_is_not_finite(photos, at_step, capsys):
     samples = json.loads((run_folder("cls_imagenet") / "bad_batches.jsonl").read_text())["samples"]
     assert len({sample["file"] for sample in samples}) == 4
     assert all(Path(sample["file"]).is_file() for sample in samples)
+    # The same images, in shards.
+    assert main(["prepare", f"--data.root={photos}", "--output=shards"]) == 0
+    assert main([*PHOTOS, "--data.root=shards", "--name=shards"]) == 2
+    packed = json.loads((run_folder("shards") / "bad_batches.jsonl").read_text())["samples"]
+    assert [Path(sample["file"]).parts[-2:] for sample in packed] == [Path(s["file"]).parts[-2:] for s in samples]
 
 
 # The first of two batches whose gradients make one step, validated before that.

@@ -21,6 +21,9 @@ SHORT += ["--trainer.limit_train_batches=6", "--trainer.limit_val_batches=2", "-
 SHORT += ["--model.backbone=timm:test_resnet", "--model.operator=null"]
 DIGITS = ["--config=quickstart.yaml", *SHORT, "--data.batch_size=16", "--data.eval_batch_size=16"]
 CIFAR = ["--config=cls_cifar100.yaml", *SHORT, "--data.sample=true", "--data.batch_size=8"]
+SEGMENTATION = ["--config=seg_sample.yaml", *SHORT, "--data.batch_size=2", "--data.num_workers=1"]
+DETECTION = ["--config=det_sample.yaml", *SHORT, "--model.min_size=64", "--model.max_size=96", "--data.batch_size=2"]
+DETECTION += ["--data.num_workers=1", "--trainer.check_val_every_n_epoch=1"]
 RANDOM = ["--model.mixup_alpha=0.2", "--model.cutmix_alpha=1", '--model.backbone_options={"drop_rate": 0.3}']
 # Of 6 steps in each of 2 epochs, the batch that is not trained on any more; how often is saved; and what else is asked.
 CASES = {
@@ -36,6 +39,8 @@ CASES = {
     "between_validations": (DIGITS, 9, ["--trainer.val_check_interval=2", "--save_every=1"]),
     "rare_validations": (DIGITS, 8, ["--trainer.check_val_every_n_epoch=2", "--save_every=3"]),
     "in_memory": (CIFAR, 10, ["--save_every=4"]),
+    "segmentation": (SEGMENTATION, 10, ["--save_every=4", "--model.ema_decay=0.9"]),
+    "detection": (DETECTION, 10, ["--save_every=4"]),
 }
 
 
@@ -87,7 +92,7 @@ def data_root(tmp_path_factory):
 @pytest.mark.parametrize("case", CASES)
 def test_a_resumed_fit_is_one_that_was_never_broken_off(case, in_tmp, data_root, at):
     words, batch, own = CASES[case]
-    fit = ["fit", *words, *own, *([f"--data.root={data_root}"] if words is CIFAR else [])]
+    fit = ["fit", *words, *own, *([] if words is DIGITS else [f"--data.root={data_root}"])]
     assert main([*fit, "--name=whole"]) == 0
     at("on_train_batch_start", batch, kill)
     with pytest.raises(Killed):

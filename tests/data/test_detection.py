@@ -37,7 +37,7 @@ def listed(them):
     return list(zip(them.files.tolist(), them.ids.tolist(), them.sizes.tolist(), found, strict=True))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(counts, counts, st.randoms(use_true_random=False))
 def test_choosing_and_joining_keep_objects_with_their_images(first, second, random):
     a, b = annotations(first, 100), annotations(second, 900)
@@ -55,7 +55,7 @@ def test_choosing_and_joining_keep_objects_with_their_images(first, second, rand
 corners = st.tuples(*[st.floats(-60, 160) for _ in range(4)])
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.lists(corners, max_size=8), st.sampled_from([0.0, 1.0]))
 def test_what_is_left_lies_in_the_image_and_the_good_is_untouched(rows, least):
     boxes, sizes = np.array(rows).reshape(-1, 4), np.tile([100, 80], (len(rows), 1))

@@ -72,7 +72,7 @@ def test_the_imagenet_sample_is_read_by_torchvision(tmp_path):
     assert len({image.size for image, _ in train}) > 5
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 2**31), count=st.integers(0, 12), overlap=st.floats(0, 0.5), size=st.integers(70, 200))
 def test_scattered_places_lie_inside_and_overlap_no_more_than_asked(seed, count, overlap, size):
     rng = np.random.default_rng(seed)

@@ -39,7 +39,7 @@ def run(transform, seed, *items):
 sides = st.integers(1, 150)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(height=sides, width=sides, size=st.integers(16, 96), seed=st.integers(0, 2**31))
 @pytest.mark.parametrize("make", [segmentation_train, segmentation_crop])
 def test_image_and_mask_stay_together(make, height, width, size, seed):
@@ -67,7 +67,7 @@ def even(mask, radius):
     return highest(known.where(mask != 255, -1.0)) == -highest((-known).where(mask != 255, -99.0))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(height=sides, width=sides)
 def test_whole_images_keep_size_pixels_and_labels(height, width):
     stored, labels = painted(np.random.default_rng(0), height, width)

@@ -32,7 +32,7 @@ def small():
     return deeplab_v3plus("cifar_resnet20", SlimConv2d, num_classes=3, width=16).eval()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(height=st.integers(1, 75), width=st.integers(1, 75))
 @torch.no_grad()
 def test_logits_have_the_size_of_the_image(small, height, width):

@@ -73,7 +73,7 @@ def test_equals_the_equations_forward_and_backward(name, groups):
             assert relative(flat_got, flat_wanted) < tolerance, (stride, dilation, dtype)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     cls=st.sampled_from(CLASSES),
     widths=st.tuples(st.sampled_from([8, 16, 24]), st.sampled_from([8, 16, 24])),

@@ -61,7 +61,7 @@ def kept_for_backward(model, x):
 # ---- the same as before --------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(
     arrangement=st.sampled_from(ARRANGEMENTS),
     folds=st.integers(2, 8),

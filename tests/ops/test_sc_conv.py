@@ -51,7 +51,7 @@ def test_equals_the_equations_forward_and_backward(gate, order):
             assert relative(flat_got, flat_wanted) < tolerance, (alpha, variant, dtype)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     widths=st.tuples(st.sampled_from([16, 32, 64, 128]), st.sampled_from([16, 32, 64, 128])),
     alpha=st.sampled_from(["1/8", "1/4", "3/8", "1/2", "5/8", "3/4", "7/8"]),
@@ -139,7 +139,7 @@ scales = st.lists(
 )  # fmt: skip
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(scales=scales, gate=st.sampled_from(["soft", "hard"]), shift=st.sampled_from([0.0, 0.5]))
 def test_any_scales_leave_values_and_gradients_finite(scales, gate, shift):
     unit = SRU(8, norm_groups=2, gate=gate)

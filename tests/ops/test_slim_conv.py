@@ -69,7 +69,7 @@ def test_equals_the_equations_forward_and_backward(arrangement, folds):
                 assert relative(flat_got, flat_wanted) < tolerance, (host, stride, dilation, dtype)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     folds=st.integers(2, 8),
     per_group=st.integers(1, 3),

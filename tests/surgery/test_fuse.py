@@ -389,7 +389,7 @@ def test_nothing_to_fuse_and_no_parameters():
 # ---- any network ---------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=20)
 @given(st.lists(blocks, min_size=1, max_size=3), st.sampled_from(KS), st.booleans())
 def test_fuse_keeps_its_promises(parts, k, last):
     stem = [nn.Conv2d(3, WIDTH, 3, padding=1), nn.BatchNorm2d(WIDTH), nn.ReLU()]

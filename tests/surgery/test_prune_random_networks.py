@@ -42,7 +42,7 @@ joins = st.builds(
 )
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25)
 @given(
     st.lists(joins, min_size=1, max_size=2),
     st.sampled_from([None, "4/3", "2", "8/3"]),

@@ -59,7 +59,7 @@ blocks = st.builds(
 )
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 @given(st.lists(blocks, min_size=1, max_size=4), st.sampled_from(["4/3", "2", "8/3"]))
 def test_runs_trains_and_keeps_what_need_not_change(parts, k):
     model = nn.Sequential(nn.Conv2d(3, WIDTH, 3, padding=1), *parts, nn.AdaptiveAvgPool2d(1), nn.Flatten())

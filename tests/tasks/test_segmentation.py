@@ -58,7 +58,7 @@ def task():
     return SegmentationTask(**SMALL).eval()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data(), seed=st.integers(0, 2**32 - 1))
 def test_scores_are_those_of_a_plain_computation(task, data, seed):
     """With ignored pixels, classes that are absent on either side, and images of which no pixel counts."""
