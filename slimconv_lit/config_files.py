@@ -88,7 +88,11 @@ def _load_named(name: object, by: Sequence[Path]) -> Config:
         raise ValueError(f"{by[-1]}: `base` is the name of a file, or a list of them; not {str(name)[:80]}")
     path = by[-1].parent / name
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{by[-1]}: it names {name!r}, which is not there")
+        try:
+            path = find_config(name, by[-1].parent)
+        except FileNotFoundError as error:
+            reason = str(error).partition("; ")[2]
+            raise FileNotFoundError(f"{by[-1]}: it names {name!r}, which is not there; {reason}") from None
     return load_config(path, by)
 
 

@@ -154,6 +154,7 @@ def check_keys(argv: Sequence[str]) -> None:
         if found[3] in known or any(found[3] in _arguments(*owner) for owner in _OWNERS.values()):
             continue
         if (hint := closest(found[3], known)).startswith("did"):
+            hint = re.sub(r"'(\w+)'", rf"'--{found[1]}.\1'", hint)
             raise ValueError(f"{found[0]!r} is not accepted; {hint}")
 
 

@@ -1,6 +1,8 @@
 """What results.json holds, as a line, a table, and the star of results that are of a part of the data only."""
 
+import math
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 from slimconv_lit.tables import format_table
@@ -32,7 +34,11 @@ def describe_network(hparams: Mapping[str, Any]) -> str:
     if not operator:
         return str(hparams["backbone"])
     k = operator["init_args"].get("k", "")
-    shown = f" k={k:.4g}" if isinstance(k, float) else f" k={k}" if k else ""
+    if isinstance(k, float):
+        # As it is written: 4/3.
+        thirds = Fraction(k).limit_denominator(3)
+        k = thirds if math.isclose(k, thirds, rel_tol=1e-6) else f"{k:.4g}"
+    shown = f" k={k}" if k else ""
     return f"{hparams['backbone']} + {operator['class_path'].rpartition('.')[2]}{shown}"
 
 

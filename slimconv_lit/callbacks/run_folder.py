@@ -133,12 +133,13 @@ class RunFolder(Callback):
     def discard_if_empty(self) -> bool:
         """Removes the folder that a run made which then failed before it had read its data; says whether it is gone.
 
-        Never a file: in the folder of a run that goes on may be all that is left of that.
+        No file but those that loggers begin with: in the folder of a run that goes on may be all that is left of that.
         """
         if not self.new or (self.path / "config.yaml").exists():
             return False
         if not rank_zero_only.rank:  # type: ignore[attr-defined]
-            (self.path / ".lock").unlink(missing_ok=True)
+            for begun in (self.path / ".lock", *self.path.rglob("events.out.tfevents.*")):
+                begun.unlink(missing_ok=True)
             # Also the folder of runs of this name, if this was the first.
             inside = [Path(folder) for folder, _, _ in os.walk(self.path, topdown=False)]
             with contextlib.suppress(OSError):

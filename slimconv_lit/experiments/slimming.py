@@ -352,7 +352,9 @@ class _Loop:
         (self.folder / "slimming.csv").write_text(format_table(table, "csv") + "\n")
         draw_stages(table).savefig(self.folder / "slimming.png")
         about = ", ".join(f"{key} {value}" for key, value in machine().items())
-        print(f"\n{format_table(table)}\n\nlatency: one image, forward, median (quartiles), on {about}")
+        print(f"\n{format_table(table)}\n")
+        print("accuracy: of the checkpoint that goes on; of sparse training the last, where its own table has the best")
+        print(f"latency: one image, forward, median (quartiles), on {about}; its ratio is of pairs run in turn")
         print(f"in {self.folder}: slimming.csv, slimming.png")
 
 

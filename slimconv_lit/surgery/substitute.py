@@ -87,6 +87,9 @@ class Substitution:
         head += f"; {self.operators} operators were there already" if self.operators else ""
         before, now = self.params
         head += f"; params {before:,}" + (f" -> {now:,} ({now / before:.3f})" if now != before else "")
+        if now > before:
+            depthwise = any(row.now and row.was.endswith("depthwise") for row in self.rows)
+            head += "\nit is larger than before" + (": depthwise convolutions have little to save" if depthwise else "")
         if not self.rows:
             return head
         rows = [{"layer": r.layer, "was": r.was, "now": r.now or "-", "why": r.why} for r in self.rows]

@@ -41,6 +41,16 @@ def test_parts_and_bases_count_from_the_file_that_names_them(in_tmp):
     assert load_config(in_tmp / "parts" / "m.yaml")["init_args"]["lr"] == 1e-4
 
 
+def test_a_file_may_start_from_one_of_the_checkout_s(in_tmp):
+    write(in_tmp, mine="base: quickstart.yaml\ntrainer:\n  max_epochs: 1")
+    config = load_config(in_tmp / "mine.yaml")
+    assert config["trainer"]["max_epochs"] == 1
+    assert config["data"]["class_path"].endswith("DigitsDataModule")
+    write(in_tmp, mine="base: quikstart.yaml")
+    with pytest.raises(FileNotFoundError, match=r"mine.yaml: it names .*; did you mean 'quickstart.yaml'"):
+        load_config(in_tmp / "mine.yaml")
+
+
 def test_a_missing_part_names_the_file_that_asks_for_it(in_tmp):
     write(in_tmp, x="data: parts/none.yaml", y="just text")
     with pytest.raises(FileNotFoundError, match=r"x.yaml: it names 'parts/none.yaml'"):

@@ -14,17 +14,17 @@ from slimconv_lit.lookup import check_keys
 from slimconv_lit.tasks import BaseTask
 
 MISTAKES = {
-    "--trainer.max_epoch=3": "'--trainer.max_epoch' is not accepted; did you mean 'max_epochs'",
-    "--model.lrr=0.1": "'--model.lrr' is not accepted; did you mean 'lr'?",
+    "--trainer.max_epoch=3": "'--trainer.max_epoch' is not accepted; did you mean '--trainer.max_epochs'",
+    "--model.lrr=0.1": "'--model.lrr' is not accepted; did you mean '--model.lr'?",
     # Names of other parts, such as the trainer's barebones, are not among the suggestions.
-    "--model.backbon=x": "'--model.backbon' is not accepted; did you mean 'backbone'",
+    "--model.backbon=x": "'--model.backbon' is not accepted; did you mean '--model.backbone'",
     "--model.optimzer=x": "'--model.optimzer' is not accepted; `--help` lists what is",
     "--model.operator.backbon=x": "'--model.operator.backbon' is not accepted; `--help` lists what is",
     "--model.batch_siz=4": "'--model.batch_siz' is not accepted; `--help` lists what is",
     "--model.batch_size=4": "'--model.batch_size' is not accepted; did you mean '--data.batch_size'?",
     "--data.max_epochs=4": "'--data.max_epochs' is not accepted; did you mean '--trainer.max_epochs'?",
     "--trainer.callbacks+=EarlyStopping --trainer.callbacks.patienc=3": "did you mean 'patience'?",
-    "--data.batch_siz=4": "did you mean 'batch_size'",
+    "--data.batch_siz=4": "did you mean '--data.batch_size'",
     "--naem=x": "did you mean 'name'",
     "--optimizer.lr=1": "'--optimizer.lr' is not accepted",
     "--model.operator=SlimCnv2d": "model.operator: there is no class 'SlimCnv2d' that fits; did you mean 'SlimConv2d'",
@@ -45,7 +45,7 @@ MISTAKES = {
     "--kernel=tritn": "did you mean 'triton'",
     "--model.learning_rate=0.1": "'--model.learning_rate' is not accepted; did you mean '--model.lr'?",
     "--learning-rate=0.1": "'--learning-rate' is not accepted; did you mean '--model.lr'?",
-    "--data.batchsize=4": "did you mean 'batch_size'",
+    "--data.batchsize=4": "did you mean '--data.batch_size'",
     "--trainer.epochs=3": "'--trainer.epochs' is not accepted; did you mean '--trainer.max_epochs'?",
     "--gpus 2": "'--gpus' is not accepted; did you mean '--trainer.devices'?",
     "--model.arch=resnet50": "did you mean '--model.backbone'?",
@@ -142,7 +142,10 @@ def test_what_is_missing(capsys):
         ),
         (["fit", "-c", "nope.yaml"], "--config: there is no 'nope.yaml'; "),
         (["test", "--ckpt_path=x/y.ckpt"], "--ckpt_path: there is no file 'x/y.ckpt'; a file, `last` or `best`"),
-        (["fit", "--config=quickstart.yaml", "--model.lrr=1"], "'--model.lrr' is not accepted; did you mean 'lr'?"),
+        (
+            ["fit", "--config=quickstart.yaml", "--model.lrr=1"],
+            "'--model.lrr' is not accepted; did you mean '--model.lr'?",
+        ),
     ],
     ids=str,
 )

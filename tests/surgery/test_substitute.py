@@ -5,6 +5,7 @@ import functools
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 from torch.nn import functional
 
@@ -100,6 +101,13 @@ def test_the_report_prints_a_table_with_every_spatial_convolution():
         assert words in text
     assert text.endswith(f"\n2 of 3 spatial convolutions replaced; params {was:,} -> {now:,} ({now / was:.3f})")
     assert list(report.left) == ["stem"]
+
+
+def test_a_network_that_becomes_larger_is_told():
+    report = slimify(torchvision.models.mobilenet_v2(num_classes=10))
+    before, now = report.params
+    assert now > before
+    assert str(report).endswith("\nit is larger than before: depthwise convolutions have little to save")
 
 
 def test_stride_dilation_groups_kernel_and_padding_carry_over():
