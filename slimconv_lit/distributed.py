@@ -69,11 +69,11 @@ class FSDP2(ModelParallelStrategy):
         assert self.accelerator is not None
         assert self.model is not None
         self.accelerator.setup(trainer)
+        if self._layer_sync:
+            # Also where the network is sharded already: `teardown` has made its norms what they were.
+            self.model = self._layer_sync.apply(self.model)
         network: Any = self.model.model
         if not isinstance(network, FSDPModule):
-            if self._layer_sync:
-                self.model = self._layer_sync.apply(self.model)
-                network = self.model.model
             mesh = self.device_mesh["data_parallel"]
             for unit in units(network, self.unit_params):
                 fully_shard(unit, mesh=mesh)

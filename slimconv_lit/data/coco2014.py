@@ -96,8 +96,10 @@ class COCO2014DataModule(DetectionDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes the ids over, unless the classes are other ones by now or the annotations have been read."""
         ids = state_dict.get("category_ids")
-        if not self._read and isinstance(ids, list) and len(ids) == self.num_classes:
-            self.category_ids = tuple(map(int, ids))
+        if not isinstance(ids, list) or not all(isinstance(number, int) for number in ids):
+            return
+        if not self._read and len(ids) == self.num_classes:
+            self.category_ids = tuple(ids)
 
     def prepare_data(self) -> None:
         """Builds the sample where it is missing."""

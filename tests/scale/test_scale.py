@@ -83,6 +83,12 @@ def test_synchronised_batch_norms_see_the_whole_batch(runs, name):
     assert counts[0]["macs"] == counts[1]["macs"]
 
 
+def test_synchronised_batch_norms_of_sharded_networks(runs):
+    one, many = run_of(runs, "norms"), run_of(runs, "norms_fsdp")
+    assert metrics(many)["train/loss"] == pytest.approx(metrics(one)["train/loss"][:1], rel=1e-3)
+    assert weights(many).keys() == weights(one).keys()
+
+
 @pytest.mark.parametrize("name", ["one", *MANY])
 def test_metrics_are_of_each_image_once(runs, name):
     with (run_of(runs, name) / "per_class.csv").open() as file:
