@@ -85,7 +85,8 @@ def test_synchronised_batch_norms_see_the_whole_batch(runs, name):
 
 def test_synchronised_batch_norms_of_sharded_networks(runs):
     one, many = run_of(runs, "norms"), run_of(runs, "norms_fsdp")
-    assert metrics(many)["train/loss"] == pytest.approx(metrics(one)["train/loss"][:1], rel=1e-3)
+    # Each process with its own norms, it is 12 % more.
+    assert metrics(many)["train/loss"][0] == pytest.approx(metrics(one)["train/loss"][0], rel=1e-3)
     assert weights(many).keys() == weights(one).keys()
 
 
