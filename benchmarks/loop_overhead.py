@@ -2,8 +2,9 @@
 
     python benchmarks/loop_overhead.py --output benchmarks/results/loop_overhead.json
 
-Both train the same network on the same batches in memory, one epoch in turn; the batch size sets how long a step is.
+All train the same network on the same batches in memory, one epoch in turn; the batch size sets how long a step is.
 `fit` runs as a user runs it: progress bar, loggers, metrics, schedule and checkpoint callbacks, without validation.
+`Lightning` is its trainer with none of these, and a module that does nothing but the loss.
 """
 
 import argparse
@@ -43,6 +44,22 @@ class Clock(pl.Callback):
 WARMUP = 5
 
 
+class LossAlone(pl.LightningModule):
+    """The least that Lightning trains."""
+
+    def __init__(self, network, steps):
+        super().__init__()
+        self.network, self.steps = network, steps
+
+    def training_step(self, batch, batch_idx):
+        images, labels = batch
+        return functional.cross_entropy(self.network(images), labels)
+
+    def configure_optimizers(self):
+        optimizer, schedule = recipe(self.network, self.steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
 def fitted(batch_size, threads):
     clock = Clock()
     words = [
@@ -58,14 +75,32 @@ def fitted(batch_size, threads):
     return clock.seconds
 
 
-def bare(batch_size):
+def recipe(network, steps):
+    optimizer = torch.optim.SGD(network.parameters(), **RECIPE)
+    return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+
+
+def parts(batch_size):
+    """The network and its batches."""
     pl.seed_everything(0, verbose=False)
     data = DigitsDataModule(batch_size=batch_size)
     data.setup("fit")
     network = ClassificationTask("cifar_resnet20", num_classes=10, in_channels=1).model.train()
-    optimizer = torch.optim.SGD(network.parameters(), **RECIPE)
-    loader = data.train_dataloader()
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(loader))
+    return network, data.train_dataloader()
+
+
+def by_lightning(batch_size):
+    network, loader = parts(batch_size)
+    clock = Clock()
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = pl.Trainer(max_epochs=1, accelerator="cpu", callbacks=[clock], enable_model_summary=False, **quiet)
+    trainer.fit(LossAlone(network, len(loader)), loader)
+    return clock.seconds
+
+
+def bare(batch_size):
+    network, loader = parts(batch_size)
+    optimizer, schedule = recipe(network, len(loader))
     for i, (images, labels) in enumerate(loader):
         if i == WARMUP:
             started = time.perf_counter()
@@ -78,21 +113,23 @@ def bare(batch_size):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", nargs="+", type=int, default=[4, 8, 16])
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--batch", nargs="+", type=int, default=[8, 16])
+    parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows = []
     for batch in args.batch:
-        times = {"bare loop": [], "fit": []}
+        times = {"bare loop": [], "Lightning": [], "fit": []}
         for _ in range(args.rounds):
             times["bare loop"].append(bare(batch))
+            times["Lightning"].append(by_lightning(batch))
             times["fit"].append(fitted(batch, args.threads))
-        ratio = ratios(times, "bare loop")["fit"]
-        milliseconds = {name: spread([1000 * s for s in values]) for name, values in times.items()}
-        rows.append({"batch": batch, **{f"{n} ms": str(s) for n, s in milliseconds.items()}, "fit / bare": str(ratio)})
+        relative = ratios(times, "bare loop")
+        milliseconds = {f"{name} ms": str(spread([1000 * s for s in values])) for name, values in times.items()}
+        against = {f"{name} / bare": str(relative[name]) for name in ("Lightning", "fit")}
+        rows.append({"batch": batch, **milliseconds, **against})
     print(format_table(rows))
     if args.output:
         command = "python benchmarks/loop_overhead.py"

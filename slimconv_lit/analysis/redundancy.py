@@ -112,7 +112,7 @@ def redundancy(model: nn.Module, batches: Iterable[Tensor]) -> list[LayerRedunda
         batches: Images (B, C, H, W).
 
     Raises:
-        ValueError: If there is no image.
+        ValueError: If there is no image, or no layer to look at.
     """
     layers = spatial_layers(model)
     before = {name: ChannelStatistics() for name in layers}
@@ -138,7 +138,7 @@ def redundancy(model: nn.Module, batches: Iterable[Tensor]) -> list[LayerRedunda
     # The image itself is no feature map, and what a pass leaves out has nothing to measure.
     seen = [name for name, statistics in before.items() if statistics.count]
     if not seen:
-        raise ValueError("redundancy: there is no image to look at, or no layer read one")
+        raise ValueError("redundancy: no operator and no spatial convolution read a feature map, or there is no image")
     return [LayerRedundancy(n, measure(before[n]), measure(after[n]) if n in after else None) for n in seen]
 
 

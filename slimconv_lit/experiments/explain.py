@@ -27,7 +27,7 @@ def explain(argv: Sequence[str]) -> Path:
     """Runs `explain --ckpt_path C [--data FOLDER] [--images N] [--shown N] [--layer NAME]`; returns the folder.
 
     Raises:
-        UsageError: If an option is wrong, or the checkpoint is a detector's.
+        UsageError: If an option is wrong, the checkpoint is a detector's, or its network has nothing to look at.
     """
     parser = argparse.ArgumentParser(
         prog="python -m slimconv_lit explain",
@@ -46,8 +46,11 @@ def explain(argv: Sequence[str]) -> Path:
         raise UsageError(f"explain: --{error}") from error
     data = ["--data", own.data] if own.data else []
     cli = open_checkpoint("explain", [f"--ckpt_path={own.ckpt_path}", *data, *rest])
-    with torch.random.fork_rng():
-        return _Explanation(cli, own.images, own.shown, own.layer, own.data is not None).write()
+    try:
+        with torch.random.fork_rng():
+            return _Explanation(cli, own.images, own.shown, own.layer, own.data is not None).write()
+    except ValueError as error:
+        raise UsageError(f"explain: {error}") from error
 
 
 class _Explanation:
@@ -63,6 +66,8 @@ class _Explanation:
         if not isinstance(self.batches[0][0], Tensor):
             raise UsageError("explain looks at classifiers and segmentation networks; this checkpoint is a detector's")
         layers = spatial_layers(self.network)
+        if not layers:
+            raise UsageError("explain looks at operators and spatial convolutions; this network has none")
         slim = [name for name, module in layers.items() if isinstance(module, SlimConv2d)]
         self.layer = layer or [*slim, *layers][0]
         if self.layer not in layers:

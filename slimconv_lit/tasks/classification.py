@@ -43,6 +43,7 @@ class ClassificationTask(BaseTask):
         cutmix_alpha: float = 0.0,
         **base: Any,
     ) -> None:
+        at_least(1, num_classes=num_classes, in_channels=in_channels)
         from_0_to_1(label_smoothing=label_smoothing)
         at_least(0, mixup_alpha=mixup_alpha, cutmix_alpha=cutmix_alpha)
         super().__init__(backbone, **base)

@@ -12,6 +12,7 @@ from torchmetrics import Metric
 from slimconv_lit.backbones import create_backbone
 from slimconv_lit.backbones.features import FeatureMaps
 from slimconv_lit.backbones.weights import load_backbone_weights
+from slimconv_lit.checks import at_least, from_0_to_1
 from slimconv_lit.heads import WithoutProposals, faster_rcnn
 from slimconv_lit.ops import Operator, resolve_operator
 from slimconv_lit.tasks.base import BaseTask, Picture
@@ -61,6 +62,9 @@ class DetectionTask(BaseTask):
         draw_score: Pictures show detections from this score on.
         base: What `BaseTask` takes. `weights` are a classifier's, which go into the backbone, and in the form "c4" into
             the region head.
+
+    Raises:
+        ValueError: If a size, scale or score is out of its range, or what is frozen would have to be trained.
     """
 
     monitor = "val/map"
@@ -82,6 +86,13 @@ class DetectionTask(BaseTask):
         draw_score: float = 0.5,
         **base: Any,
     ) -> None:
+        at_least(1, num_classes=num_classes, max_size=max_size)
+        from_0_to_1(draw_score=draw_score)
+        sides = min_size if isinstance(min_size, list) else [min_size]
+        if not sides or min(sides) < 1:
+            raise ValueError(f"min_size={min_size} must be at least 1 pixel, or several such sizes")
+        if anchor_scales is not None and (not anchor_scales or min(anchor_scales) <= 0):
+            raise ValueError(f"anchor_scales={anchor_scales} must be factors above 0; null for those of the form")
         super().__init__(backbone, **base)
 
     def build_model(self) -> nn.Module:

@@ -18,7 +18,7 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from slimconv_lit.backbones import create_backbone
 from slimconv_lit.backbones.weights import load_backbone_weights
-from slimconv_lit.checks import at_least
+from slimconv_lit.checks import at_least, from_0_to_1
 from slimconv_lit.heads import DeepLabV3Plus
 from slimconv_lit.lookup import closest
 from slimconv_lit.ops import resolve_operator
@@ -92,7 +92,9 @@ class SegmentationTask(BaseTask):
             raise ValueError(f"tta_scales={list(tta_scales)} must be factors above 0; [1.0] for the image as it is")
         if num_classes > 256:
             raise ValueError(f"num_classes={num_classes}: a mask has room for 256 labels")
+        at_least(1, num_classes=num_classes)
         at_least(0, backbone_lr_factor=backbone_lr_factor)
+        from_0_to_1(backbone_bn_momentum=backbone_bn_momentum)
         super().__init__(backbone, **base)
         self.hparams["tta_scales"] = list(tta_scales)
 

@@ -120,12 +120,14 @@ def test_constant():
         ({"nesterov": True, "momentum": 0.0}, "nesterov=True needs a momentum"),
         ({"label_smoothing": 1.5}, r"label_smoothing=1\.5 must be from 0 to 1"),
         ({"mixup_alpha": -1.0}, r"mixup_alpha=-1\.0 must be at least 0"),
+        ({"in_channels": 0}, "in_channels=0 must be at least 1"),
+        ({"num_classes": -2}, "num_classes=-2 must be at least 1"),
     ],
     ids=str,
 )
 def test_values_that_cannot_work_are_named(own, said):
     with pytest.raises(ValueError, match=said):
-        ClassificationTask(**SMALL, **own)
+        ClassificationTask(**SMALL | own)
 
 
 def test_a_schedule_without_an_end_is_told():

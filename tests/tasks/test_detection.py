@@ -213,6 +213,12 @@ def test_what_a_detector_costs_is_counted_at_the_size_that_it_sees():
         ({"form": "c5"}, "did you mean|c4"),
         ({"head": {"rpn_nms": 1}}, "rpn_nms"),
         ({"norm": "group", "freeze": "norms"}, "from scratch"),
+        ({"num_classes": 0}, "num_classes=0 must be at least 1"),
+        ({"min_size": 0}, "min_size=0 must be at least 1 pixel"),
+        ({"min_size": []}, r"min_size=\[\] must be at least 1 pixel"),
+        ({"max_size": -1}, "max_size=-1 must be at least 1"),
+        ({"anchor_scales": [8.0, -1.0]}, r"anchor_scales=\[8\.0, -1\.0\] must be factors above 0"),
+        ({"draw_score": 50}, "draw_score=50 must be from 0 to 1"),
     ],
 )
 def test_mistakes_are_named(wrong, message):

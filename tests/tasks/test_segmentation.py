@@ -236,9 +236,18 @@ def test_unknown_arguments_of_the_head_are_refused():
         SegmentationTask(**SMALL | {"head": {"widht": 16}})
 
 
-def test_more_classes_than_a_mask_can_hold_are_refused():
-    with pytest.raises(ValueError, match="num_classes=257"):
-        SegmentationTask(**SMALL | {"num_classes": 257})
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        ({"num_classes": 257}, "num_classes=257: a mask has room for 256"),
+        ({"num_classes": -1}, "num_classes=-1 must be at least 1"),
+        ({"backbone_bn_momentum": 3.0}, r"backbone_bn_momentum=3\.0 must be from 0 to 1"),
+    ],
+    ids=str,
+)
+def test_values_that_cannot_work_are_named(own, said):
+    with pytest.raises(ValueError, match=said):
+        SegmentationTask(**SMALL | own)
 
 
 def test_pictures_show_image_truth_and_prediction(task):
