@@ -104,6 +104,11 @@ def spatial_layers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def reads_map(layer: nn.Module) -> bool:
+    """Whether a spatial layer reads a feature map; the image itself is none."""
+    return not isinstance(layer, nn.Conv2d) or layer.in_channels > 4
+
+
 def redundancy(model: nn.Module, batches: Iterable[Tensor]) -> list[LayerRedundancy]:
     """Measures what every operator and spatial convolution reads, in the order of the network.
 
@@ -126,7 +131,7 @@ def redundancy(model: nn.Module, batches: Iterable[Tensor]) -> list[LayerRedunda
     hooks = [
         layer.register_forward_pre_hook(lambda m, args, name=name: record(name, m, args[0]))
         for name, layer in layers.items()
-        if not isinstance(layer, nn.Conv2d) or layer.in_channels > 4
+        if reads_map(layer)
     ]
     try:
         with torch.no_grad():
@@ -135,10 +140,10 @@ def redundancy(model: nn.Module, batches: Iterable[Tensor]) -> list[LayerRedunda
     finally:
         for hook in hooks:
             hook.remove()
-    # The image itself is no feature map, and what a pass leaves out has nothing to measure.
+    # What a pass leaves out has nothing to measure.
     seen = [name for name, statistics in before.items() if statistics.count]
     if not seen:
-        raise ValueError("redundancy: no operator and no spatial convolution read a feature map, or there is no image")
+        raise ValueError("redundancy: there is no image to look at, or no layer read one")
     return [LayerRedundancy(n, measure(before[n]), measure(after[n]) if n in after else None) for n in seen]
 
 

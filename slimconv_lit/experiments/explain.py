@@ -13,7 +13,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from slimconv_lit.analysis.cam import draw_cams, grad_cam
 from slimconv_lit.analysis.gates import draw_gates, gate_activations
 from slimconv_lit.analysis.maps import draw_maps, maps_of
-from slimconv_lit.analysis.redundancy import draw_redundancy, redundancy, redundancy_rows, spatial_layers
+from slimconv_lit.analysis.redundancy import draw_redundancy, reads_map, redundancy, redundancy_rows, spatial_layers
 from slimconv_lit.checks import at_least
 from slimconv_lit.lightning_cli import SlimCLI, open_checkpoint
 from slimconv_lit.lookup import closest
@@ -46,11 +46,8 @@ def explain(argv: Sequence[str]) -> Path:
         raise UsageError(f"explain: --{error}") from error
     data = ["--data", own.data] if own.data else []
     cli = open_checkpoint("explain", [f"--ckpt_path={own.ckpt_path}", *data, *rest])
-    try:
-        with torch.random.fork_rng():
-            return _Explanation(cli, own.images, own.shown, own.layer, own.data is not None).write()
-    except ValueError as error:
-        raise UsageError(f"explain: {error}") from error
+    with torch.random.fork_rng():
+        return _Explanation(cli, own.images, own.shown, own.layer, own.data is not None).write()
 
 
 class _Explanation:
@@ -66,8 +63,10 @@ class _Explanation:
         if not isinstance(self.batches[0][0], Tensor):
             raise UsageError("explain looks at classifiers and segmentation networks; this checkpoint is a detector's")
         layers = spatial_layers(self.network)
-        if not layers:
-            raise UsageError("explain looks at operators and spatial convolutions; this network has none")
+        if not any(map(reads_map, layers.values())):
+            raise UsageError(
+                "explain looks at operators and convolutions that read feature maps; this network has none"
+            )
         slim = [name for name, module in layers.items() if isinstance(module, SlimConv2d)]
         self.layer = layer or [*slim, *layers][0]
         if self.layer not in layers:

@@ -27,6 +27,9 @@ class ClassificationTask(BaseTask):
         mixup_alpha: Parameter of MixUp's Beta distribution; 0 for no MixUp. With both, each batch draws one.
         cutmix_alpha: Parameter of CutMix's Beta distribution; 0 for no CutMix.
         base: What `BaseTask` takes.
+
+    Raises:
+        ValueError: If a number is out of its range.
     """
 
     monitor = "val/top1"

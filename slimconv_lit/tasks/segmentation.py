@@ -70,6 +70,9 @@ class SegmentationTask(BaseTask):
         ignore_index: The label of pixels that do not count.
         base: What `BaseTask` takes. `weights` are a classifier's, which go into the backbone, or a whole network's; one
             with other classes needs `weights_exclude=["classifier.*"]`.
+
+    Raises:
+        ValueError: If a number is out of its range, or the head takes no such argument.
     """
 
     monitor = "val/miou"

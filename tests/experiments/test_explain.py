@@ -65,4 +65,4 @@ def test_a_network_of_other_layers_is_refused(in_tmp, capsys):
     words = ["--config=quickstart.yaml", *SHORT, *QUIET, "--test_after=false", "--data.image_size=160"]
     assert main(["fit", *words, "--model.backbone=timm:test_vit", "--trainer.limit_val_batches=1"]) == 0
     assert main(["explain", "--ckpt_path=last", "--images=2"]) == 2
-    assert "explain: redundancy: no operator and no spatial convolution read a feature map" in capsys.readouterr().err
+    assert "error: explain looks at operators and convolutions that read feature maps; this" in capsys.readouterr().err
